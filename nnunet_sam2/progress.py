@@ -1,0 +1,33 @@
+"""One line a stage, and a bar with the time left for what takes longer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def say(text: str) -> None:
+    """Print one line for the user, at once."""
+    print(text, flush=True)
+
+
+def track(items: Iterable[Item], *, what: str, total: int | None = None) -> Iterable[Item]:
+    """Iterate over ``items`` behind a progress bar on standard error that shows the time left.
+
+    Where standard error is not a terminal, the bar prints at most one line every 30 seconds.
+    """
+    from tqdm import tqdm
+
+    interactive = sys.stderr.isatty()
+    return tqdm(
+        items,
+        desc=what,
+        total=total,
+        leave=interactive,
+        mininterval=0.2 if interactive else 30.0,
+        ascii=not interactive,
+        dynamic_ncols=interactive,
+    )
