@@ -1,0 +1,57 @@
+"""``nnunet_sam2``: find the subcommand, run it, turn errors into one line and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from nnunet_sam2 import __version__
+from nnunet_sam2.errors import NnunetSam2Error
+
+# name -> (module under nnunet_sam2.cli, help). A module offers add_arguments(parser) and run(args) -> int and is
+# imported only when its name is called for: --help must answer without torch.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "convert": ("convert", "make an nnU-Net dataset of labelled, unlabelled and test cases"),
+    "label": ("label", "label the unlabelled cases with SAM 2"),
+    "run": ("run", "alternate SAM 2 labelling and nnU-Net training until the labels stop changing"),
+    "status": ("status", "show how far a run has come"),
+    "predict": ("predict", "segment images with the best round's model"),
+    "evaluate": ("evaluate", "compare predictions with reference labels"),
+    "export": ("export", "write a model folder that stock nnU-Net predicts with"),
+    "env": ("env", "print the export lines with which stock nnU-Net finds the trainer"),
+    "hook": ("hook", "install or remove the start-up hook with which stock nnU-Net finds the trainer"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0 done, 1 failed, 2 refused."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="nnunet_sam2",
+        description="A few labelled volumes and many unlabelled ones become a trained nnU-Net.",
+        epilog="nnunet_sam2 COMMAND --help shows a command's options.",
+    )
+    parser.add_argument("--version", action="version", version=f"nnunet_sam2 {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    called = next((a for a in arguments if not a.startswith("-")), None)
+    for name, (module_name, help_text) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+        if name == called:
+            module = importlib.import_module(f"nnunet_sam2.cli.{module_name}")
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    args = parser.parse_args(arguments)
+    try:
+        return int(args.run(args))
+    except NnunetSam2Error as error:
+        print(f"nnunet_sam2 {args.command}: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print(f"nnunet_sam2 {args.command}: interrupted; the same command continues", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""What a labelling strategy may ask of a SAM 2.
+
+Shape letters: N frames, K objects or prompts, S model size in pixels, C embedding channels, H W embedding grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from nnunet_sam2.frames import Frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sam2Spec:
+    """Identify a model: whatever changes an embedding or a mask is in here."""
+
+    name: str
+    checkpoint_hash: str
+    image_size: int
+    has_memory: bool
+    """False where the checkpoint holds no trained video memory (an image model): `propagate` then refuses."""
+    origin: str
+    """One sentence for reports: where the weights come from, or that they are untrained."""
+
+
+class Embeddings(Protocol):
+    """Hold the features of N frames; they may lie on disk and are read when asked for."""
+
+    def __len__(self) -> int: ...
+
+    def top(self, index: int) -> torch.Tensor:
+        """Return frame ``index``'s coarsest features after the neck, (C, H, W) float32, without no-memory embedding."""
+        ...
+
+    def high(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the decoder's skip features of one frame: (C/8, 4H, 4W) and (C/4, 2H, 2W), float32."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """Hold the decoder's answer to K prompts on one frame."""
+
+    logits_kss: torch.Tensor
+    """Mask logits at model size, (K, S, S)."""
+    low_res_logits_khw: torch.Tensor
+    """Mask logits at a quarter of the model size; may be given back as a mask prompt."""
+    iou_k: torch.Tensor
+    """The model's own estimate of each mask's IoU, (K,), 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Propagated:
+    """Hold K objects' masks on one frame of a pseudo-video."""
+
+    frame: int
+    logits_kss: torch.Tensor
+    object_score_k: torch.Tensor
+    """Logit of the object's presence on this frame, (K,)."""
+    iou_k: torch.Tensor
+
+
+class Sam2Backend(Protocol):
+    """Encode frames once, then answer prompts on single frames and carry masks through pseudo-videos."""
+
+    @property
+    def spec(self) -> Sam2Spec: ...
+
+    def embed(self, frames: Frames) -> Embeddings:
+        """Encode every frame, or find the embeddings in the cache."""
+        ...
+
+    def decode(
+        self,
+        embeddings: Embeddings,
+        index: int,
+        *,
+        boxes_k4: np.ndarray | None = None,
+        points: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
+        mask_logits_khw: torch.Tensor | None = None,
+    ) -> Decoded:
+        """Answer K prompts on one frame.
+
+        ``boxes_k4`` are (x0, y0, x1, y1) and ``points`` (xy_p2, positive_p) pairs, one a prompt, in pixels at model
+        size; ``mask_logits_khw`` are logits at a quarter of the model size. At least one kind must be given.
+        """
+        ...
+
+    def propagate(
+        self,
+        video: Sequence[tuple[Embeddings, int]],
+        masks_kss: Mapping[int, np.ndarray],
+        *,
+        reverse: bool = False,
+    ) -> list[Propagated]:
+        """Carry K objects through the pseudo-video ``video``, a list of (embeddings, frame index) pairs.
+
+        ``masks_kss`` maps positions in the video to boolean masks (K, S, S), the prompts. An object's empty mask is
+        never sent. The walk starts at the first prompted frame (the last with ``reverse``) and answers for every frame
+        from there on that has no prompt.
+        """
+        ...
