@@ -1,0 +1,124 @@
+"""The ledger: an append-only record of what a run did, from what, and with which result.
+
+One JSON object a line. A stage is done when a ``done`` line says so, when its inputs hash to the same key as now, and
+when every file it wrote still has the hash that the line names; else it runs again. A line that a kill cut short is
+dropped at the next start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.progress import say
+from nnunet_sam2.storage import file_hash, value_hash, write_text
+
+LEDGER_FILE = "ledger.jsonl"
+LEDGER_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """Hold what a stage leaves behind: files (hashed into the ledger) and a JSON value for reports."""
+
+    files: tuple[Path, ...] = ()
+    info: Mapping[str, Any] | None = None
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Read a ledger's events; an incomplete last line, left by a kill, is not an event."""
+    if not path.is_file():
+        return []
+    events: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines):
+                break
+            raise InputError(
+                f"{path}, line {number}, is not valid JSON; restore the file or start anew with --branch NAME"
+            ) from None
+        if event.get("version", LEDGER_VERSION) != LEDGER_VERSION:
+            raise InputError(f"{path} was written by another version ({event['version']}); use that one or --branch")
+        events.append(event)
+    return events
+
+
+class Ledger:
+    """Append events to a run's ledger and skip the stages that it shows as done."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / LEDGER_FILE
+        self.events = read_events(self.path)
+        whole = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in self.events)
+        if self.path.is_file() and self.path.read_text(encoding="utf-8") != whole:
+            write_text(self.path, whole)
+
+    def append(self, event: str, **values: Any) -> dict[str, Any]:
+        """Append one event and flush it to disk before returning it."""
+        entry = {"version": LEDGER_VERSION, "event": event, "time": round(time.time(), 3), **values}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        self.events.append(entry)
+        return entry
+
+    def done(self, stage: str, key: str) -> dict[str, Any] | None:
+        """Return the stage's ``done`` event if its key matches and its files are unchanged, else None."""
+        for event in reversed(self.events):
+            if event["event"] == "done" and event["stage"] == stage:
+                if event["key"] == key and not list(self._changed_files(event)):
+                    return event
+                return None
+        return None
+
+    def run_stage(
+        self, stage: str, inputs: Mapping[str, Any], work: Callable[[], StageResult], *, what: str
+    ) -> dict[str, Any]:
+        """Run ``work`` unless the ledger shows it done from the same ``inputs``; return the stage's ``done`` event.
+
+        ``inputs`` is a JSON value that determines the result; put the ``digest`` of earlier stages in it.
+        """
+        key = value_hash({"stage": stage, "inputs": inputs})
+        finished = self.done(stage, key)
+        if finished is not None:
+            return finished
+        say(f"[{stage}] {what}")
+        self.append("started", stage=stage, key=key, inputs=dict(inputs), process=os.getpid())
+        start = time.monotonic()
+        result = work()
+        hashes = {self._name(path): file_hash(path) for path in sorted(result.files)}
+        return self.append(
+            "done",
+            stage=stage,
+            key=key,
+            digest=value_hash({"key": key, "files": hashes}),
+            files=hashes,
+            info=dict(result.info or {}),
+            seconds=round(time.monotonic() - start, 3),
+        )
+
+    def _name(self, path: Path) -> str:
+        # relative where possible, so that a results folder may be moved as a whole
+        return os.path.relpath(path, self.folder)
+
+    def _changed_files(self, event: dict[str, Any]) -> Iterator[Path]:
+        for name, expected in event["files"].items():
+            path = (self.folder / name).resolve()
+            if not path.is_file() or file_hash(path) != expected:
+                say(f"[{event['stage']}] {path} is missing or has changed since it was written: the stage runs again")
+                yield path
+                return

@@ -1,0 +1,158 @@
+"""The options of a run: what determines its result, and what may change between one start and the next."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from nnunet_sam2.errors import InputError
+
+FREE_OPTIONS = frozenset({"round_limit", "device", "threads"})
+"""May change when a run is continued: they say how long and where, not what."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Hold the length and the optimiser of one training."""
+
+    num_epochs: int
+    num_iterations_per_epoch: int
+    num_val_iterations_per_epoch: int
+    optimizer: str
+    initial_lr: float
+    mirroring: bool
+    light: bool
+    """Whether the network is the lighter one of the CPU profile."""
+
+    @property
+    def iterations(self) -> int:
+        """Return the number of training steps."""
+        return self.num_epochs * self.num_iterations_per_epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Hold everything that `nnunet_sam2 run` may be told."""
+
+    configuration: str = "3d_fullres"
+    fold: str = "0"
+    """A fold of the labelled cases, or ``all`` for a training without validation."""
+    branch: str | None = None
+    sam2: str = "untrained"
+    strategy: str = "transfer"
+    strategy_options: dict[str, str] = field(default_factory=dict)
+    image_size: int | None = None
+    supports: str = "train"
+    """``train``: SAM 2 is prompted with the fold's training cases, so that validation stays untouched; or ``all``."""
+    profile: str = "gpu"
+    round_limit: int = 6
+    mean_change: float = 0.01
+    worst_tenth_change: float = 0.05
+    validation_drop: float = 0.02
+    skip_baseline: bool = False
+    pseudo_per_batch: float = 0.5
+    num_epochs: int | None = None
+    num_iterations_per_epoch: int | None = None
+    final_epochs: int | None = None
+    seed: int = 12345
+    device: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.fold != "all" and not self.fold.isdigit():
+            raise InputError(f"-f {self.fold}: give a fold number or 'all'")
+        if self.profile not in PROFILES:
+            raise InputError(f"--profile {self.profile}: choose one of {', '.join(PROFILES)}")
+        if self.supports not in ("train", "all"):
+            raise InputError(f"--supports {self.supports}: choose 'train' or 'all'")
+        if self.round_limit < 1:
+            raise InputError("--rounds must be at least 1")
+        if not 0 < self.pseudo_per_batch < 1:
+            raise InputError("--pseudo-per-batch must lie between 0 and 1")
+        if self.branch is not None and not re.fullmatch(r"[A-Za-z0-9]+", self.branch):
+            raise InputError(f"--branch {self.branch}: use letters and digits")
+        for name in ("mean_change", "worst_tenth_change", "validation_drop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"--{name.replace('_', '-')} must lie between 0 and 1")
+        for name in ("num_epochs", "num_iterations_per_epoch", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+
+    @property
+    def tag(self) -> str:
+        """Return what tells this run's configurations from another's: empty for fold 0 without a branch."""
+        pieces = ([] if self.fold == "0" else [f"f{self.fold}"]) + ([self.branch] if self.branch else [])
+        return "".join(f"_{piece}" for piece in pieces)
+
+    @property
+    def run_name(self) -> str:
+        """Return the name of the run's folder."""
+        return f"{self.configuration}_fold{self.fold}" + (f"_{self.branch}" if self.branch else "")
+
+    def round_configuration(self, number: int, *, final: bool = False) -> str:
+        """Return the name of a round's nnU-Net configuration, such as ``3d_fullres_r01``."""
+        return f"{self.configuration}{self.tag}_" + ("final" if final else f"r{number:02d}")
+
+    def schedule(self, *, final: bool = False) -> Schedule:
+        """Return the schedule of a round's training, or of the last one's."""
+        base = PROFILES[self.profile][1 if final else 0]
+        epochs = self.final_epochs if final else self.num_epochs
+        iterations = self.num_iterations_per_epoch or base.num_iterations_per_epoch
+        if self.profile == "cpu" and self.configuration.startswith("2d") and not self.num_iterations_per_epoch:
+            iterations = CPU_2D_ITERATIONS_PER_EPOCH
+        return Schedule(
+            num_epochs=epochs or base.num_epochs,
+            num_iterations_per_epoch=iterations,
+            num_val_iterations_per_epoch=base.num_val_iterations_per_epoch,
+            optimizer=base.optimizer,
+            initial_lr=base.initial_lr,
+            mirroring=base.mirroring,
+            light=base.light,
+        )
+
+    @property
+    def has_final(self) -> bool:
+        """Return whether a longer training follows the last round."""
+        return bool(self.final_epochs) if self.final_epochs is not None else self.profile == "gpu"
+
+    def identity(self) -> dict[str, Any]:
+        """Return the options that determine the result, as a JSON value."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in FREE_OPTIONS}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all options as a JSON value."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+_GPU_ROUND = Schedule(
+    num_epochs=250,
+    num_iterations_per_epoch=250,
+    num_val_iterations_per_epoch=50,
+    optimizer="sgd",
+    initial_lr=1e-2,
+    mirroring=True,
+    light=False,
+)
+_GPU_FINAL = Schedule(**{**_GPU_ROUND.__dict__, "num_epochs": 1000})
+_CPU_ROUND = Schedule(
+    num_epochs=10,
+    num_iterations_per_epoch=60,
+    num_val_iterations_per_epoch=2,
+    optimizer="adamw",
+    initial_lr=1e-3,
+    mirroring=False,
+    light=True,
+)
+CPU_2D_ITERATIONS_PER_EPOCH = 40
+
+PROFILES: dict[str, tuple[Schedule, Schedule]] = {"gpu": (_GPU_ROUND, _GPU_FINAL), "cpu": (_CPU_ROUND, _CPU_ROUND)}
+"""Schedules of a round and of the training after the last one. The GPU's are nnU-Net's own, a quarter of it in the
+rounds; the CPU's is a lighter network with AdamW, short enough for two cores."""
+
+
+def describe_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """List the options in which two runs differ, as ``name: old -> new``."""
+    names = sorted(set(before) | set(now))
+    return ", ".join(f"{n}: {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n))
