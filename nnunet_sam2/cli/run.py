@@ -1,0 +1,94 @@
+"""``nnunet_sam2 run``: the whole loop, and the same command again to continue it."""
+
+from __future__ import annotations
+
+import argparse
+
+from nnunet_sam2.labelling.registry import parse_settings
+from nnunet_sam2.rounds.options import PROFILES, RunOptions
+
+_DEFAULTS = RunOptions()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options; nnU-Net's letters where nnU-Net has one."""
+    parser.add_argument("-d", dest="dataset", required=True, help="dataset id or DatasetXXX_Name")
+    parser.add_argument("-c", dest="configuration", default=_DEFAULTS.configuration, help="nnU-Net configuration")
+    parser.add_argument("-f", dest="fold", default=_DEFAULTS.fold, help="fold of the labelled cases, or 'all'")
+    parser.add_argument("--sam2", required=True, help="SAM 2: checkpoint file (.safetensors, .pt) or name")
+    parser.add_argument("--strategy", default=_DEFAULTS.strategy, help="labelling strategy (default: %(default)s)")
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE",
+                        help="option of the strategy, repeatable")
+    parser.add_argument("--image-size", type=int, help="SAM 2 input size in pixels (default: the checkpoint's)")
+    parser.add_argument("--supports", default=_DEFAULTS.supports, choices=["train", "all"],
+                        help="cases that prompt SAM 2: the fold's training cases (validation stays untouched) or all")
+    parser.add_argument("--rounds", dest="round_limit", type=int, default=_DEFAULTS.round_limit,
+                        help="most rounds after the baseline (default: %(default)s)")
+    parser.add_argument("--mean-change", type=float, default=_DEFAULTS.mean_change,
+                        help="stop when labels change by no more on the mean (1 - Dice, default: %(default)s) ...")
+    parser.add_argument("--worst-tenth-change", type=float, default=_DEFAULTS.worst_tenth_change,
+                        help="... and by no more in the worst tenth (default: %(default)s)")
+    parser.add_argument("--validation-drop", type=float, default=_DEFAULTS.validation_drop,
+                        help="stop when validation Dice falls this far below the best (default: %(default)s)")
+    parser.add_argument("--skip-baseline", action="store_true", help="leave out round 0, nnU-Net on the labels alone")
+    parser.add_argument("--profile", default="auto", choices=["auto", *PROFILES],
+                        help="network and schedule; auto: gpu where CUDA is, else cpu")
+    parser.add_argument("--epochs", dest="num_epochs", type=int, help="epochs a round (default: the profile's)")
+    parser.add_argument("--iterations", dest="num_iterations_per_epoch", type=int, help="iterations an epoch")
+    parser.add_argument("--final-epochs", type=int,
+                        help="epochs of the training after the last round; 0: none (default: the profile's)")
+    parser.add_argument("--pseudo-per-batch", type=float, default=_DEFAULTS.pseudo_per_batch,
+                        help="share of pseudo-labelled samples in a batch (default: %(default)s)")
+    parser.add_argument("--branch", help="name of a new run beside an earlier one with other options")
+    parser.add_argument("--seed", type=int, default=_DEFAULTS.seed)
+    parser.add_argument("--device", "-device", default=_DEFAULTS.device, choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run or continue the loop and print where everything lies."""
+    from nnunet_sam2.cli.status import rounds_table
+    from nnunet_sam2.folders import find_dataset
+    from nnunet_sam2.progress import say
+    from nnunet_sam2.rounds.orchestrator import run_loop
+
+    folders = find_dataset(args.dataset)
+    device = args.device if args.device != "auto" else _best_device()
+    profile = args.profile if args.profile != "auto" else ("gpu" if device == "cuda" else "cpu")
+    options = RunOptions(
+        configuration=args.configuration,
+        fold=args.fold,
+        branch=args.branch,
+        sam2=args.sam2,
+        strategy=args.strategy,
+        strategy_options=parse_settings(args.settings),
+        image_size=args.image_size,
+        supports=args.supports,
+        profile=profile,
+        round_limit=args.round_limit,
+        mean_change=args.mean_change,
+        worst_tenth_change=args.worst_tenth_change,
+        validation_drop=args.validation_drop,
+        skip_baseline=args.skip_baseline,
+        pseudo_per_batch=args.pseudo_per_batch,
+        num_epochs=args.num_epochs,
+        num_iterations_per_epoch=args.num_iterations_per_epoch,
+        final_epochs=args.final_epochs,
+        seed=args.seed,
+        device=device,
+        threads=args.threads,
+    )
+    state = run_loop(folders, options)
+    say(rounds_table(state))
+    say(f"stopped: {state.stop_reason}; best round: {state.best_round} ({state.configuration_of()})")
+    say(f"labels, confidence and the ledger: {state.folder}")
+    say(f"segment new images with: nnunet_sam2 predict -d {folders.dataset_id} -i IMAGES -o OUT")
+    return 0
+
+
+def _best_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

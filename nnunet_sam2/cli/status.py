@@ -1,0 +1,65 @@
+"""``nnunet_sam2 status``: how far a run has come, in under half a second."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from nnunet_sam2.folders import find_dataset
+from nnunet_sam2.rounds.state import RunState, find_runs, read_state
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("-d", dest="dataset", required=True, help="dataset id or DatasetXXX_Name")
+    parser.add_argument("--run", dest="run_name", help="name of the run (default: the one written to last)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the state of a run."""
+    folders = find_dataset(args.dataset)
+    state = read_state(folders, args.run_name)
+    if args.json:
+        print(json.dumps(state.to_json(), indent=1))
+        return 0
+    others = [path.name for path in find_runs(folders) if path != state.folder]
+    print(f"{folders.name}, run {state.folder.name}" + (f" (others: {', '.join(others)})" if others else ""))
+    print(rounds_table(state))
+    if state.stop_reason:
+        print(f"stopped: {state.stop_reason}")
+    elif state.running_stage:
+        print(f"in stage {state.running_stage}; if no process is at work on it, the same run command continues")
+    else:
+        print("between stages; the same run command continues")
+    if state.best_round is not None:
+        print(f"best round: {state.best_round} ({state.configuration_of()})")
+    print(f"time spent in finished stages: {duration(state.seconds)}")
+    return 0
+
+
+def rounds_table(state: RunState) -> str:
+    """Lay out the rounds as a table of text."""
+    lines = [f"{'round':<7}{'change: mean':>14}{'worst tenth':>13}{'validation Dice':>17}{'iterations':>12}{'time':>9}"]
+    for r in state.rounds:
+        name = f"{r.number}" + (" final" if r.final else "") + ("" if r.finished else " *")
+        lines.append(
+            f"{name:<7}{_number(r.change_mean):>14}{_number(r.change_worst_tenth):>13}"
+            f"{_number(r.validation_dice):>17}{r.iterations or '-':>12}{duration(r.seconds):>9}"
+        )
+    if any(not r.finished for r in state.rounds):
+        lines.append("* not finished")
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Write a time span for people, such as ``2 h 05 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes = whole // 60
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
