@@ -1,0 +1,112 @@
+"""Two-dimensional pictures (PNG, PGM, TIFF, BMP): reading without loss of bits, writing what nnU-Net reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.file_checks import check_file, file_ending
+
+_TIFF_ENDINGS = (".tif", ".tiff")
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """Read a picture as (C, H, W) in its own number type; C is 1 (grey, or palette indices) or 3 (RGB).
+
+    An alpha channel is dropped where it is opaque and refused otherwise.
+    """
+    check_file(path)
+    try:
+        array = _read_tiff(path) if file_ending(path) in _TIFF_ENDINGS else _read_other(path)
+    except InputError:
+        raise
+    except Exception as error:  # readers raise many kinds for a damaged file
+        raise InputError(f"{path} cannot be read as a picture ({error}); get the file again") from None
+    if array.ndim == 2:
+        return array[None]
+    if array.ndim != 3:
+        raise InputError(f"{path} has shape {array.shape}; a picture has two axes, and colours as a third")
+    colours = array.shape[-1]
+    if colours == 1:
+        return np.ascontiguousarray(array[..., 0][None])
+    if colours in (2, 4):
+        alpha = array[..., -1]
+        opaque = np.iinfo(alpha.dtype).max if np.issubdtype(alpha.dtype, np.integer) else 1
+        if not (alpha == opaque).all():
+            raise InputError(f"{path} has a transparent part; save it without alpha channel")
+        array = array[..., :-1]
+        colours -= 1
+    if colours not in (1, 3):
+        raise InputError(f"{path} has {array.shape[-1]} values a pixel (or pages); save it as grey or RGB, one page")
+    return np.ascontiguousarray(np.moveaxis(array, -1, 0))
+
+
+def write_picture(path: Path, array_chw: np.ndarray) -> None:
+    """Write (C, H, W), C 1 or 3, as PNG (8 bit, or 16 bit grey) or TIFF (any of nnU-Net's); same bytes each time."""
+    array = array_chw[0] if array_chw.shape[0] == 1 else np.ascontiguousarray(np.moveaxis(array_chw, 0, -1))
+    ending = file_ending(path)
+    if ending in _TIFF_ENDINGS:
+        import tifffile
+
+        kind: dict[str, Any] = {"photometric": "rgb" if array.ndim == 3 else "minisblack"}
+        tifffile.imwrite(path, array, compression="zlib", metadata=None, software=False, **kind)
+        return
+    if ending != ".png" or not picture_fits_png(array_chw):
+        raise ValueError(f"{path}: {array_chw.dtype} with {array_chw.shape[0]} channels cannot be written here")
+    from PIL import Image
+
+    Image.fromarray(array).save(path, format="PNG", compress_level=6)
+
+
+def picture_fits_png(array_chw: np.ndarray) -> bool:
+    """Say whether nnU-Net's PNG reader gives these values back: 8 bit grey or RGB, or 16 bit grey."""
+    return array_chw.dtype == np.uint8 or (array_chw.dtype == np.uint16 and array_chw.shape[0] == 1)
+
+
+def _read_tiff(path: Path) -> np.ndarray:
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        if len(file.pages) > 1:
+            raise InputError(
+                f"{path} has {len(file.pages)} pages; a stack has no voxel size, convert it to .nii.gz first"
+            )
+        page = file.pages[0]
+        array = page.asarray()
+        photometric = getattr(page, "photometric", None)
+        if array.ndim == 3 and getattr(page, "planarconfig", 1) == 2:
+            array = np.moveaxis(array, 0, -1)
+        if photometric is not None and int(photometric) == 0 and np.issubdtype(array.dtype, np.unsignedinteger):
+            array = np.iinfo(array.dtype).max - array  # 0 is white in this file
+        return np.asarray(array)
+
+
+def _read_other(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.load()
+        if image.format == "PNG" and _png_is_deep_colour(path):
+            # Pillow cuts 16 bit colour to 8 without a word.
+            import SimpleITK
+
+            return np.asarray(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path))))
+        if image.mode == "1":
+            return np.asarray(image).astype(np.uint8)
+        if image.mode in ("L", "P", "RGB", "RGBA", "LA", "F"):
+            return np.asarray(image)
+        if image.mode.startswith("I"):
+            array = np.asarray(image)
+            if array.min() < 0 or array.max() > np.iinfo(np.uint16).max:
+                raise InputError(f"{path} has grey values outside 0 to 65535; save it as 16 bit")
+            return array.astype(np.uint16)
+        raise InputError(f"{path} is a picture of mode {image.mode}; save it as grey or RGB")
+
+
+def _png_is_deep_colour(path: Path) -> bool:
+    with path.open("rb") as handle:
+        head = handle.read(26)
+    return head[24] == 16 and head[25] in (2, 6)

@@ -1,0 +1,268 @@
+"""Reading and writing images and label maps, whole or not at all: the only place that touches image files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_sam2.errors import InputError, StageError
+from nnunet_sam2.file_checks import LOSSY_ENDINGS, PICTURE_ENDINGS, check_content, check_finite, file_ending
+from nnunet_sam2.geometry import Geometry
+from nnunet_sam2.pictures import read_picture, write_picture
+from nnunet_sam2.storage import atomic_path
+
+LABEL_TOLERANCE = 1e-3
+"""Largest distance of a label value from a whole number that is still rounded to it."""
+
+MAP_LEVELS = 255
+"""Maps of values from 0 to 1 are kept in steps of 1 / MAP_LEVELS."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Volume:
+    """Hold an image with all its channels on one grid; a 2D picture is a volume of one slice."""
+
+    array_czyx: np.ndarray
+    """Voxel values, float32, (C, Z, Y, X)."""
+    geometry: Geometry
+
+    def __post_init__(self) -> None:
+        if self.array_czyx.ndim != 4 or self.array_czyx.shape[1:] != self.geometry.shape_zyx:
+            raise ValueError(f"array_czyx {self.array_czyx.shape} is not on the grid {self.geometry.shape_zyx}")
+
+
+def read_volume(paths: Sequence[Path], *, split_fourth_axis: bool = False) -> Volume:
+    """Read one file a channel into a volume; an RGB picture gives three channels, (3, 1, H, W).
+
+    With ``split_fourth_axis`` the volumes of a 4D file become channels (Medical Segmentation Decathlon). Raises
+    `InputError` for a missing, damaged or non-finite file and where the channels are not on one grid.
+    """
+    channels: list[np.ndarray] = []
+    first: Geometry | None = None
+    for path in paths:
+        array, geometry = _read(path, split_fourth_axis=split_fourth_axis)
+        check_finite(path, array)
+        if first is None:
+            first = geometry
+        elif difference := first.mismatch(geometry):
+            raise InputError(
+                f"{paths[0]} and {path} are channels of one image but differ in {difference}; resample one"
+            )
+        with np.errstate(over="ignore"):
+            channels.append(array.astype(np.float32))
+    if first is None:
+        raise InputError("an image needs at least one file")
+    volume = Volume(array_czyx=np.concatenate(channels), geometry=first)
+    for path, channel in zip(paths, channels, strict=True):
+        if not np.isfinite(channel).all():
+            raise InputError(f"{path} holds values beyond the range of 32 bit floats; rescale it")
+    return volume
+
+
+def read_geometry(path: Path) -> Geometry:
+    """Read the grid of an image or label file."""
+    return _read(path, split_fourth_axis=True)[1]
+
+
+def read_label(path: Path, *, allowed: Iterable[int] | None = None) -> tuple[np.ndarray, Geometry]:
+    """Read a label map as (Z, Y, X), uint8, or uint16 where a value exceeds 255.
+
+    Raises `InputError` for values that are not whole numbers within `LABEL_TOLERANCE`, are negative, exceed 65535, or
+    are not among ``allowed`` (0 is always allowed).
+    """
+    if file_ending(path) in LOSSY_ENDINGS:
+        raise InputError(f"{path} is a JPEG, which changes label values; save the label map as PNG")
+    array, geometry = _read(path)
+    if array.shape[0] != 1:
+        raise InputError(f"{path} has {array.shape[0]} values a voxel; a label map has one, save it as grey or palette")
+    label_zyx = array[0]
+    check_finite(path, label_zyx)
+    if np.issubdtype(label_zyx.dtype, np.floating):
+        rounded = np.rint(label_zyx)
+        far = float(np.abs(label_zyx - rounded).max())
+        if far > LABEL_TOLERANCE:
+            worst = float(label_zyx.flat[int(np.abs(label_zyx - rounded).argmax())])
+            raise InputError(
+                f"{path} holds {worst:g}, which is not a whole number (tolerance {LABEL_TOLERANCE:g}); "
+                "a label map was interpolated or is a probability map, export whole numbers"
+            )
+        label_zyx = rounded
+    low, high = int(label_zyx.min()), int(label_zyx.max())
+    if low < 0 or high > np.iinfo(np.uint16).max:
+        raise InputError(f"{path} holds label {low if low < 0 else high}; labels go from 0 to 65535")
+    label_zyx = label_zyx.astype(_label_type(high))
+    if allowed is not None:
+        found = np.flatnonzero(np.bincount(label_zyx.ravel()))
+        stray = sorted(set(found.tolist()) - {0, *allowed})
+        if stray:
+            declared = ", ".join(str(v) for v in sorted({0, *allowed}))
+            raise InputError(
+                f"{path} holds label {', '.join(str(v) for v in stray[:5])}, declared are {declared}; "
+                "declare it with --labels NAME=VALUE,... or correct the file"
+            )
+    return label_zyx, geometry
+
+
+def write_label(path: Path, label_zyx: np.ndarray, geometry: Geometry) -> None:
+    """Write a label map of whole numbers atomically and read it back before it takes its name.
+
+    Volumes carry ``geometry``; a picture (``.png``, ``.tif``) has one slice and no geometry. Raises `StageError` where
+    the file does not hold what was written, for example because the disk is full.
+    """
+    if label_zyx.shape != geometry.shape_zyx:
+        raise ValueError(f"label of shape {label_zyx.shape} is not on the grid {geometry.shape_zyx}")
+    if not (np.issubdtype(label_zyx.dtype, np.integer) or label_zyx.dtype == bool):
+        raise ValueError(f"labels must be whole numbers, got {label_zyx.dtype}")
+    low, high = int(label_zyx.min()), int(label_zyx.max())
+    if low < 0 or high > np.iinfo(np.uint16).max:
+        raise ValueError(f"labels must lie in 0 to 65535, got {low} to {high}")
+    _write(path, label_zyx.astype(_label_type(high)), geometry)
+
+
+def write_map(path: Path, map_zyx: np.ndarray, geometry: Geometry) -> None:
+    """Write a map of values from 0 to 1, rounded to steps of 1/255, atomically and read back.
+
+    Volumes hold float32 values from 0 to 1; pictures hold 8 bit grey, 255 for 1. `read_map` gives the same float32
+    values for both.
+    """
+    if map_zyx.shape != geometry.shape_zyx:
+        raise ValueError(f"map of shape {map_zyx.shape} is not on the grid {geometry.shape_zyx}")
+    if not (np.isfinite(map_zyx).all() and map_zyx.min() >= 0 and map_zyx.max() <= 1):
+        raise ValueError("a map holds values from 0 to 1")
+    steps = np.rint(map_zyx * MAP_LEVELS).astype(np.uint8)
+    _write(path, steps if file_ending(path) in PICTURE_ENDINGS else _from_steps(steps), geometry)
+
+
+def read_map(path: Path) -> tuple[np.ndarray, Geometry]:
+    """Read what `write_map` wrote: float32 (Z, Y, X), 0 to 1."""
+    array, geometry = _read(path)
+    return (_from_steps(array[0]) if array.dtype == np.uint8 else array[0].astype(np.float32)), geometry
+
+
+def write_image(path: Path, array_czyx: np.ndarray, geometry: Geometry) -> None:
+    """Write image values in their own number type, atomically and read back.
+
+    A volume file takes one channel, a picture one or three.
+    """
+    picture = file_ending(path) in PICTURE_ENDINGS
+    if array_czyx.shape[0] != 1 and not picture:
+        raise ValueError(f"{path}: a volume file takes one channel, got {array_czyx.shape[0]}")
+    _write(path, array_czyx if picture else array_czyx[0], geometry)
+
+
+def read_stored(path: Path, *, split_fourth_axis: bool = False) -> tuple[np.ndarray, Geometry]:
+    """Read an image in its own number type as (C, Z, Y, X): for lossless rewriting, `read_volume` is for looking."""
+    array, geometry = _read(path, split_fourth_axis=split_fourth_axis)
+    check_finite(path, array)
+    return array, geometry
+
+
+def voxel_hash(array_czyx: np.ndarray) -> str:
+    """Compute the sha256 of an image's voxel values and shape.
+
+    The same values give the same hash whatever the file's name, format, number type, compression or geometry.
+    """
+    # Adding 0 makes -0.0 and 0.0 the same bytes.
+    values = np.ascontiguousarray(array_czyx, dtype="<f4") + np.float32(0)
+    digest = hashlib.sha256(repr(tuple(array_czyx.shape)).encode())
+    digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def _label_type(high: int) -> type[np.unsignedinteger]:
+    return np.uint8 if high <= np.iinfo(np.uint8).max else np.uint16
+
+
+def _from_steps(steps: np.ndarray) -> np.ndarray:
+    return steps.astype(np.float32) / np.float32(MAP_LEVELS)
+
+
+def _read(path: Path, *, split_fourth_axis: bool = False) -> tuple[np.ndarray, Geometry]:
+    if file_ending(path) in PICTURE_ENDINGS:
+        array = read_picture(path)[:, None]
+        return array, Geometry(shape_zyx=(1, array.shape[2], array.shape[3]))
+    import SimpleITK
+
+    check_content(path)
+    try:
+        image = SimpleITK.ReadImage(str(path))
+    except RuntimeError as error:
+        text = str(error)
+        if "orthonormal" in text:
+            raise InputError(
+                f"{path} has sheared axes, which SimpleITK and nnU-Net cannot hold; resample it onto a straight grid"
+            ) from None
+        raise InputError(f"{path} cannot be read ({text.strip().splitlines()[-1]}); get the file again") from None
+    if image.GetNumberOfComponentsPerPixel() != 1:
+        raise InputError(
+            f"{path} has {image.GetNumberOfComponentsPerPixel()} values a voxel; export one file a channel"
+        )
+    dimension = image.GetDimension()
+    array = SimpleITK.GetArrayFromImage(image)
+    if np.iscomplexobj(array):
+        raise InputError(f"{path} holds complex voxels; export the magnitude")
+    if dimension == 4:
+        if not (split_fourth_axis or array.shape[0] == 1):
+            raise InputError(f"{path} is 4D with {array.shape[0]} volumes; save each channel as a file of its own")
+        return array, _geometry(image[:, :, :, 0])
+    if dimension not in (2, 3):
+        raise InputError(f"{path} has {dimension} axes; an image has 3")
+    return (array[None] if dimension == 3 else array[None, None]), _geometry(image)
+
+
+def _geometry(image) -> Geometry:  # type: ignore[no-untyped-def]  # SimpleITK has no types
+    size, spacing, origin, direction = (
+        image.GetSize(),
+        image.GetSpacing(),
+        image.GetOrigin(),
+        image.GetDirection(),
+    )
+    if image.GetDimension() == 2:
+        (xx, xy, yx, yy) = direction
+        size, spacing, origin = (*size, 1), (*spacing, 1.0), (*origin, 0.0)
+        direction = (xx, xy, 0.0, yx, yy, 0.0, 0.0, 0.0, 1.0)
+    return Geometry(
+        shape_zyx=(size[2], size[1], size[0]),
+        spacing_xyz_mm=tuple(spacing),
+        origin_xyz_mm=tuple(origin),
+        direction=tuple(direction),
+    )
+
+
+def _write(path: Path, array: np.ndarray, geometry: Geometry) -> None:
+    """Write (Z, Y, X), or (C, 1, H, W) for a picture, and compare what the file holds with what went in."""
+    picture = file_ending(path) in PICTURE_ENDINGS
+    channels = array if array.ndim == 4 else array[None]
+    if picture and channels.shape[1] != 1:
+        raise ValueError(f"{path}: a picture takes one slice, got {channels.shape[1]}")
+    problem: str | None = None
+    with atomic_path(path) as temporary:
+        try:
+            if picture:
+                write_picture(temporary, channels[:, 0])
+            else:
+                _write_volume(temporary, array, geometry)
+            back, geometry_back = _read(temporary)
+        except (InputError, OSError, RuntimeError) as error:
+            problem = str(error).strip().splitlines()[-1]
+        else:
+            if back.dtype.kind != array.dtype.kind or not np.array_equal(back, channels):
+                problem = "other voxels came back"
+            elif not picture:
+                problem = geometry.mismatch(geometry_back)
+        if problem:
+            raise StageError(f"{path} could not be written whole ({problem}); is the disk full? Nothing was replaced")
+
+
+def _write_volume(path: Path, array_zyx: np.ndarray, geometry: Geometry) -> None:
+    import SimpleITK
+
+    image = SimpleITK.GetImageFromArray(array_zyx)
+    image.SetSpacing(geometry.spacing_xyz_mm)
+    image.SetOrigin(geometry.origin_xyz_mm)
+    image.SetDirection(geometry.direction)
+    SimpleITK.WriteImage(image, str(path), True)
