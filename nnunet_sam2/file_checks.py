@@ -90,6 +90,10 @@ def check_content(path: Path) -> None:
     check_file(path)
     ending = file_ending(path)
     if ending in (".nii.gz", ".nii"):
+        twin = path.with_name(path.name[: -len(".gz")])
+        if ending == ".nii.gz" and twin.exists():
+            # The NIfTI library behind SimpleITK takes the header from one and the voxels from the other.
+            raise InputError(f"{twin} lies beside {path.name} and would be read in its place; remove or rename one")
         _check_nifti(path)
     elif ending == ".mha":
         _check_meta_image(path)
