@@ -1,0 +1,92 @@
+"""Three-dimensional components of label maps: which of them to believe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+Keep = Literal["largest", "confident"]
+
+SINGLE_COMPONENT_SHARE = 0.95
+"""Share of a class's voxels that its largest component holds in every labelled case where the class is one piece."""
+
+_CONNECTIVITY = 26
+
+
+def keep_component(mask_zyx: np.ndarray, prob_zyx: np.ndarray | None = None, *, keep: Keep = "largest") -> np.ndarray:
+    """Reduce a boolean mask to one 26-connected component.
+
+    ``largest`` keeps the one with most voxels (SSL-MedSAM2, arXiv 2512.11548), ``confident`` the one with the highest
+    mean of ``prob_zyx`` among those with at least a tenth of the largest one's voxels (after Keuth et al., ADSMI 2024,
+    whose rule has no lower bound and falls for single voxels). Ties go to the component met first in array order.
+    """
+    import cc3d
+
+    components_zyx, count = cc3d.connected_components(
+        np.ascontiguousarray(mask_zyx, dtype=np.uint8), connectivity=_CONNECTIVITY, return_N=True
+    )
+    if count <= 1:
+        return mask_zyx.astype(bool)
+    voxels = np.bincount(components_zyx.ravel(), minlength=count + 1)[1:]
+    if keep == "largest":
+        chosen = int(np.argmax(voxels))
+    else:
+        if prob_zyx is None:
+            raise ValueError("keep='confident' needs prob_zyx")
+        sums = np.bincount(components_zyx.ravel(), weights=prob_zyx.ravel(), minlength=count + 1)[1:]
+        chosen = int(np.argmax(np.where(voxels >= 0.1 * voxels.max(), sums / voxels, -1.0)))
+    return np.asarray(components_zyx == chosen + 1)
+
+
+def single_component_classes(
+    labels_zyx: Sequence[np.ndarray], class_values: Sequence[int], *, share: float = SINGLE_COMPONENT_SHARE
+) -> tuple[int, ...]:
+    """Find the classes that are one piece in every labelled case that has them.
+
+    A class that no case has is not among them: nothing is known about it.
+    """
+    single = []
+    for value in class_values:
+        shares = [s for s in (_largest_share(label_zyx == value) for label_zyx in labels_zyx) if s is not None]
+        if shares and min(shares) >= share:
+            single.append(int(value))
+    return tuple(single)
+
+
+def filter_components(
+    label_zyx: np.ndarray, prob_czyx: np.ndarray, class_values: Sequence[int], *, keep: Mapping[int, Keep]
+) -> tuple[np.ndarray, dict[int, int]]:
+    """Reduce the classes named in ``keep`` to one component each.
+
+    A voxel that its class loses goes to the most probable of the others, unless that is again a component that was
+    dropped; then it is background. ``prob_czyx`` has the background as channel 0. Returns the new label map and the
+    number of voxels taken from each class.
+    """
+    kept_kzyx = {
+        value: keep_component(label_zyx == value, prob_czyx[channel], keep=keep[value])
+        for channel, value in enumerate(class_values, start=1)
+        if value in keep
+    }
+    dropped = {value: (label_zyx == value) & ~kept for value, kept in kept_kzyx.items()}
+    taken = {value: int(mask.sum()) for value, mask in dropped.items()}
+    lost_zyx = np.zeros(label_zyx.shape, bool)
+    for mask in dropped.values():
+        lost_zyx |= mask
+    if not lost_zyx.any():
+        return label_zyx, taken
+    result_zyx = label_zyx.copy()
+    prob_cv = prob_czyx[:, lost_zyx].copy()
+    values = np.array([0, *class_values], dtype=label_zyx.dtype)
+    prob_cv[np.searchsorted(values, label_zyx[lost_zyx]), np.arange(prob_cv.shape[1])] = -1.0
+    result_zyx[lost_zyx] = values[np.argmax(prob_cv, axis=0)]
+    for value in kept_kzyx:
+        again = keep_component(result_zyx == value, prob_czyx[int(np.searchsorted(values, value))], keep=keep[value])
+        result_zyx[(result_zyx == value) & ~again] = 0
+    return result_zyx, taken
+
+
+def _largest_share(mask_zyx: np.ndarray) -> float | None:
+    total = int(mask_zyx.sum())
+    return None if total == 0 else float(keep_component(mask_zyx).sum()) / total

@@ -1,0 +1,224 @@
+"""Many members, or SAM 2 and the student, become one pseudo-label."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from nnunet_sam2.labelling.components import Keep, filter_components
+from nnunet_sam2.labelling.member import Member, PseudoLabel
+
+_TINY = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionOptions:
+    """Say how members become a label map with its confidence."""
+
+    components: Literal["auto", "largest", "confident", "none"] = "auto"
+    """Which 3D component of a class to keep: ``auto`` keeps the largest of classes in ``single_component_classes``."""
+    single_component_classes: tuple[int, ...] = ()
+    """Class values that are one piece in the labelled cases; only ``auto`` reads it."""
+    confidence: Literal["entropy", "margin"] = "entropy"
+    """``entropy``: 1 - binary entropy (bits) of the label's mean probability; ``margin``: its distance from a half."""
+
+    def __post_init__(self) -> None:
+        if self.components not in ("auto", "largest", "confident", "none"):
+            raise ValueError(f"components={self.components}: choose auto, largest, confident or none")
+        if self.confidence not in ("entropy", "margin"):
+            raise ValueError(f"confidence={self.confidence}: choose entropy or margin")
+
+    def keep(self, class_values: Sequence[int]) -> dict[int, Keep]:
+        """Return the classes to reduce to one component, with the rule for each."""
+        if self.components == "none":
+            return {}
+        if self.components == "auto":
+            return {value: "largest" for value in class_values if value in self.single_component_classes}
+        return dict.fromkeys(class_values, self.components)
+
+
+@dataclass
+class _Sums:
+    """Running sums over members, so that fifty of them never lie in memory together."""
+
+    prob_kzyx: np.ndarray
+    background_zyx: np.ndarray | None = None
+    count: int = 0
+    packed_masks: list[np.ndarray] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+
+def fuse(members: Iterable[Member], class_values: tuple[int, ...], options: FusionOptions | None = None) -> PseudoLabel:
+    """Average the members, label by arg-max, filter components in 3D and turn entropy into confidence.
+
+    The mean probability over members, the 3D component filter and the binary entropy are those of SSL-MedSAM2 (arXiv
+    2512.11548), with every class at once. Where no member has a background of its own, the background is 1 - max over
+    the classes of the mean, so that a class wins only above a half, as in that work. Raises `ValueError` where there
+    is no member.
+    """
+    options = options or FusionOptions()
+    sums = _add_up(members)
+    mean_kzyx = sums.prob_kzyx / np.float32(sums.count)
+    if sums.background_zyx is None:
+        background_zyx = 1.0 - mean_kzyx.max(axis=0)
+    else:
+        background_zyx = sums.background_zyx / np.float32(sums.count)
+    prob_czyx = np.concatenate([background_zyx[None], mean_kzyx]).clip(0.0, 1.0)
+    # The label follows the unnormalised scores: normalising must not lift a class that lost against the background.
+    pseudo = _label(prob_czyx, class_values, options)
+    pseudo.record["members"] = sums.records
+    if sums.count > 1:
+        pseudo.record["agreement"] = _agreement(sums.packed_masks, pseudo.label_zyx, class_values)
+    return pseudo
+
+
+def fuse_sources(
+    prob_czyx: Mapping[str, np.ndarray],
+    class_values: tuple[int, ...],
+    *,
+    quality: Mapping[str, Mapping[int, float | None]] | None = None,
+    options: FusionOptions | None = None,
+    sharpness: float = 2.0,
+) -> PseudoLabel:
+    """Merge whole distributions of several sources (SAM 2, the student) by estimated quality and by confidence.
+
+    ``prob_czyx`` maps a source to its probabilities, background first, float or uint8 (0 to 255). ``quality`` maps a
+    source to its estimated Dice for each class value; None or a missing class counts as the mean of what is known. At
+    every voxel a source weighs (1 / (1 - Dice))^sharpness for the classes that any source sees there, times its own
+    confidence; the distributions are mixed whole, so that they still sum to one. Raises `ValueError` on shapes that
+    differ.
+    """
+    if not prob_czyx:
+        raise ValueError("fuse_sources needs at least one source")
+    options = options or FusionOptions()
+    names = sorted(prob_czyx)
+    maps = {name: normalised(as_probability(prob_czyx[name])) for name in names}
+    shapes = {name: array.shape for name, array in maps.items()}
+    if len(set(shapes.values())) > 1 or next(iter(shapes.values()))[0] != len(class_values) + 1:
+        raise ValueError(f"sources differ in shape or have not {len(class_values) + 1} channels: {shapes}")
+    weights = source_weights({name: (quality or {}).get(name, {}) for name in names}, class_values, sharpness)
+    seen_kzyx = np.maximum.reduce([array[1:] for array in maps.values()]) + np.float32(_TINY)
+    seen_kzyx /= seen_kzyx.sum(axis=0, keepdims=True)
+    mixed_czyx = np.zeros_like(maps[names[0]])
+    total_zyx = np.zeros(mixed_czyx.shape[1:], np.float32)
+    for name in names:
+        weight_zyx = np.tensordot(weights[name], seen_kzyx, axes=1)
+        weight_zyx *= np.float32(0.05) + np.float32(0.95) * confidence_of(maps[name].max(axis=0), options.confidence)
+        mixed_czyx += weight_zyx[None] * maps[name]
+        total_zyx += weight_zyx
+    mixed_czyx /= total_zyx[None]
+    pseudo = _label(mixed_czyx, class_values, options)
+    pseudo.record["sources"] = {
+        name: {"weights": {str(v): float(w) for v, w in zip(class_values, weights[name], strict=True)}}
+        for name in names
+    }
+    return pseudo
+
+
+def source_weights(
+    quality: Mapping[str, Mapping[int, float | None]], class_values: Sequence[int], sharpness: float = 2.0
+) -> dict[str, np.ndarray]:
+    """Turn each source's estimated Dice for each class into weights that sum to one over the sources, float32 (k,)."""
+    known = [v for table in quality.values() for v in table.values() if v is not None]
+    fallback = float(np.mean(known)) if known else 0.5
+    raw = {}
+    for name, table in quality.items():
+        own = [v for v in table.values() if v is not None]
+        default = float(np.mean(own)) if own else fallback
+        dice_k = np.array([default if table.get(v) is None else table[v] for v in class_values], np.float64)
+        # Above 0.98 the estimate's own noise is larger than the differences.
+        raw[name] = (1.0 / (1.0 - dice_k.clip(0.0, 0.98))) ** sharpness * (dice_k > 0.02)
+    total_k = np.sum(list(raw.values()), axis=0)
+    return {
+        name: np.where(total_k > 0, weight_k / np.where(total_k > 0, total_k, 1.0), 1.0 / len(raw)).astype(np.float32)
+        for name, weight_k in raw.items()
+    }
+
+
+def as_probability(values: np.ndarray) -> np.ndarray:
+    """Return probabilities as float32 in 0 to 1 from float values or from uint8 steps of 1/255."""
+    return values.astype(np.float32) / np.float32(255) if values.dtype == np.uint8 else values.astype(np.float32)
+
+
+def normalised(prob_czyx: np.ndarray) -> np.ndarray:
+    """Scale probabilities so that they sum to one over the channels; all-zero voxels become background."""
+    total_zyx = prob_czyx.sum(axis=0)
+    result_czyx = prob_czyx / np.where(total_zyx > 0, total_zyx, 1.0).astype(np.float32)[None]
+    result_czyx[0][total_zyx <= 0] = 1.0
+    return np.asarray(result_czyx, np.float32)
+
+
+def confidence_of(prob_zyx: np.ndarray, kind: Literal["entropy", "margin"] = "entropy") -> np.ndarray:
+    """Turn the probability of the chosen label into confidence, float32: 0 at a half and below, 1 at one."""
+    p_zyx = prob_zyx.clip(0.5, 1.0).astype(np.float32)
+    if kind == "margin":
+        return 2.0 * p_zyx - 1.0
+    q_zyx = (1.0 - p_zyx).clip(1e-7, None)
+    return np.asarray((1.0 + p_zyx * np.log2(p_zyx) + q_zyx * np.log2(q_zyx)).clip(0.0, 1.0), np.float32)
+
+
+def label_dtype(class_values: Sequence[int]) -> type[np.unsignedinteger[Any]]:
+    """Return the smallest unsigned type that holds the class values."""
+    return np.uint16 if max(class_values, default=0) > 255 else np.uint8
+
+
+def _label(score_czyx: np.ndarray, class_values: tuple[int, ...], options: FusionOptions) -> PseudoLabel:
+    values = np.array([0, *class_values], dtype=label_dtype(class_values))
+    label_zyx = values[np.argmax(score_czyx, axis=0)]
+    prob_czyx = normalised(score_czyx)
+    label_zyx, taken = filter_components(label_zyx, prob_czyx, class_values, keep=options.keep(class_values))
+    # Of the probabilities before the filter: what it moved was contested, and is not to be trusted.
+    chosen_zyx = np.take_along_axis(prob_czyx, np.searchsorted(values, label_zyx)[None], axis=0)[0]
+    confidence_zyx = confidence_of(chosen_zyx, options.confidence)
+    foreground_zyx = label_zyx > 0
+    record: dict[str, Any] = {
+        "voxels": {str(v): int(np.count_nonzero(label_zyx == v)) for v in class_values},
+        "removed_by_component_filter": {str(v): n for v, n in sorted(taken.items())},
+        "mean_confidence": float(confidence_zyx.mean(dtype=np.float64)),
+        "mean_confidence_foreground": (
+            float(confidence_zyx[foreground_zyx].mean(dtype=np.float64)) if foreground_zyx.any() else None
+        ),
+    }
+    return PseudoLabel(label_zyx=label_zyx, confidence_zyx=confidence_zyx, prob_czyx=prob_czyx, record=record)
+
+
+def _add_up(members: Iterable[Member]) -> _Sums:
+    sums: _Sums | None = None
+    for member in members:
+        prob_kzyx = np.asarray(member.prob_kzyx, np.float32)
+        if sums is None:
+            sums = _Sums(prob_kzyx=np.zeros_like(prob_kzyx))
+        if prob_kzyx.shape != sums.prob_kzyx.shape:
+            raise ValueError(f"member {member.name} has shape {prob_kzyx.shape}, others {sums.prob_kzyx.shape}")
+        if member.background_zyx is not None and sums.background_zyx is None:
+            # Members before this one had no background of their own: theirs is taken from their mean.
+            before_zyx = sums.count - sums.prob_kzyx.max(axis=0)
+            sums.background_zyx = before_zyx.astype(np.float32)
+        if sums.background_zyx is not None:
+            own_zyx = member.background_zyx
+            sums.background_zyx += (1.0 - prob_kzyx.max(axis=0)) if own_zyx is None else own_zyx
+        sums.prob_kzyx += prob_kzyx
+        sums.count += 1
+        sums.packed_masks.append(np.packbits(prob_kzyx > 0.5, axis=None))
+        sums.records.append({"name": member.name, **member.record})
+    if sums is None:
+        raise ValueError("there is no member to fuse")
+    return sums
+
+
+def _agreement(
+    packed: list[np.ndarray], label_zyx: np.ndarray, class_values: tuple[int, ...]
+) -> dict[str, float | None]:
+    """Return, for each class, the mean Dice of the members' masks with the fused one."""
+    target_kv = np.stack([(label_zyx == v).ravel() for v in class_values])
+    scores: list[list[float]] = [[] for _ in class_values]
+    for bits in packed:
+        mask_kv = np.unpackbits(bits, count=target_kv.size).reshape(target_kv.shape).astype(bool)
+        for k in range(len(class_values)):
+            size = int(mask_kv[k].sum()) + int(target_kv[k].sum())
+            if size:
+                scores[k].append(2.0 * int((mask_kv[k] & target_kv[k]).sum()) / size)
+    return {str(v): float(np.mean(s)) if s else None for v, s in zip(class_values, scores, strict=True)}

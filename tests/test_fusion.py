@@ -1,0 +1,184 @@
+"""Fusion of members, and of SAM 2 with the student."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from nnunet_sam2.labelling.fusion import (
+    FusionOptions,
+    confidence_of,
+    fuse,
+    fuse_sources,
+    normalised,
+    source_weights,
+)
+from nnunet_sam2.labelling.member import Member
+
+SHAPE = (3, 4, 5)
+
+
+def _random_members(count: int, classes: int = 2, *, background: bool = False) -> list[Member]:
+    rng = np.random.default_rng(7)
+    members = []
+    for i in range(count):
+        prob = rng.random((classes, *SHAPE), dtype=np.float32)
+        members.append(
+            Member(
+                name=f"m{i}",
+                prob_kzyx=prob / 2,
+                background_zyx=rng.random(SHAPE, dtype=np.float32) if background else None,
+                record={"support": f"s{i}"},
+            )
+        )
+    return members
+
+
+def test_the_streamed_mean_is_the_mean_of_all_members() -> None:
+    members = _random_members(5)
+    fused = fuse(iter(members), (1, 2), FusionOptions(components="none"))
+    mean = np.mean([m.prob_kzyx for m in members], axis=0)
+    score = np.concatenate([1 - mean.max(axis=0, keepdims=True), mean])
+    assert np.array_equal(fused.label_zyx, score.argmax(axis=0))
+    np.testing.assert_allclose(fused.prob_czyx, score / score.sum(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(fused.prob_czyx.sum(axis=0), 1.0, rtol=1e-5)
+
+
+def test_members_are_asked_for_one_at_a_time() -> None:
+    alive: list[int] = []
+
+    def stream() -> Iterator[Member]:
+        for i, member in enumerate(_random_members(4)):
+            alive.append(i)
+            yield member
+
+    fused = fuse(stream(), (1, 2))
+    assert alive == [0, 1, 2, 3]
+    assert [m["support"] for m in fused.record["members"]] == ["s0", "s1", "s2", "s3"]
+
+
+def test_a_class_wins_only_above_a_half_where_no_background_is_given() -> None:
+    prob = np.zeros((2, *SHAPE), np.float32)
+    prob[0] = 0.45
+    prob[1] = 0.40
+    assert not fuse([Member(name="a", prob_kzyx=prob)], (3, 7)).label_zyx.any()
+    prob[1] = 0.55
+    assert (fuse([Member(name="a", prob_kzyx=prob)], (3, 7)).label_zyx == 7).all()
+
+
+def test_a_background_of_its_own_is_used_and_may_be_mixed_with_members_without() -> None:
+    prob = np.full((1, *SHAPE), 0.4, np.float32)
+    given = Member(name="a", prob_kzyx=prob, background_zyx=np.full(SHAPE, 0.3, np.float32))
+    assert (fuse([given], (1,)).label_zyx == 1).all()
+    without = Member(name="b", prob_kzyx=prob)
+    for order in ([given, without], [without, given]):
+        fused = fuse(order, (1,))
+        np.testing.assert_allclose(fused.prob_czyx[0], 0.45 / 0.85, rtol=1e-5)
+
+
+def test_members_of_different_shape_and_no_member_are_refused() -> None:
+    odd = Member(name="odd", prob_kzyx=np.zeros((2, 1, 1, 1), np.float32))
+    with pytest.raises(ValueError, match="odd"):
+        fuse([*_random_members(1), odd], (1, 2))
+    with pytest.raises(ValueError, match="no member"):
+        fuse([], (1,))
+
+
+def test_confidence_falls_from_one_to_nothing_at_a_half() -> None:
+    p = np.array([1.0, 0.9, 0.75, 0.5, 0.2], np.float32)
+    entropy = confidence_of(p)
+    np.testing.assert_allclose(entropy, [1.0, 1 - 0.4689956, 1 - 0.8112781, 0.0, 0.0], atol=1e-5)
+    np.testing.assert_allclose(confidence_of(p, "margin"), [1.0, 0.8, 0.5, 0.0, 0.0], atol=1e-6)
+
+
+def test_what_the_component_filter_moved_is_not_trusted() -> None:
+    prob = np.zeros((1, 4, 12, 12), np.float32)
+    prob[0, :, :6, :6] = 0.98
+    prob[0, 1, 10, 10] = 0.98
+    fused = fuse([Member(name="a", prob_kzyx=prob)], (1,), FusionOptions(components="largest"))
+    assert fused.label_zyx[1, 10, 10] == 0
+    assert fused.confidence_zyx[1, 10, 10] == 0
+    assert fused.confidence_zyx[0, 0, 0] > 0.8
+    assert fused.record["removed_by_component_filter"] == {"1": 1}
+
+
+def test_auto_filters_only_classes_that_are_single_in_the_labelled_cases() -> None:
+    options = FusionOptions(single_component_classes=(2,))
+    assert options.keep((1, 2)) == {2: "largest"}
+    assert FusionOptions(components="confident").keep((1, 2)) == {1: "confident", 2: "confident"}
+    with pytest.raises(ValueError, match="choose"):
+        FusionOptions(components="biggest")  # type: ignore[arg-type]
+
+
+def test_agreement_is_full_for_equal_members_and_lower_for_different_ones() -> None:
+    prob = np.zeros((1, *SHAPE), np.float32)
+    prob[0, :, :2] = 0.9
+    same = fuse([Member(name="a", prob_kzyx=prob), Member(name="b", prob_kzyx=prob)], (1,))
+    assert same.record["agreement"] == {"1": 1.0}
+    other = fuse([Member(name="a", prob_kzyx=prob), Member(name="b", prob_kzyx=prob * 0.2)], (1,))
+    assert other.record["agreement"]["1"] < 1.0
+
+
+def test_labels_above_255_are_kept() -> None:
+    prob = np.full((1, *SHAPE), 0.9, np.float32)
+    label_zyx = fuse([Member(name="a", prob_kzyx=prob)], (300,)).label_zyx
+    assert label_zyx.dtype == np.uint16
+    assert (label_zyx == 300).all()
+
+
+def _sources() -> dict[str, np.ndarray]:
+    """SAM 2 sees class 1 on the left half and class 2 nowhere; the student sees class 2 on the right."""
+    sam2 = np.zeros((3, *SHAPE), np.float32)
+    student = np.zeros((3, *SHAPE), np.float32)
+    sam2[1, ..., :2], sam2[0, ..., 2:] = 0.8, 0.8
+    sam2[0, ..., :2], sam2[2, ..., 2:] = 0.2, 0.2
+    student[0, ..., :2], student[2, ..., 2:] = 0.8, 0.8
+    student[1, ..., :2], student[0, ..., 2:] = 0.2, 0.2
+    return {"sam2": sam2, "student": student}
+
+
+def test_each_class_is_taken_from_the_source_that_is_better_at_it() -> None:
+    quality = {"sam2": {1: 0.9, 2: 0.3}, "student": {1: 0.3, 2: 0.9}}
+    fused = fuse_sources(_sources(), (1, 2), quality=quality, options=FusionOptions(components="none"))
+    assert (fused.label_zyx[..., :2] == 1).all()
+    assert (fused.label_zyx[..., 2:] == 2).all()
+    worse = {"sam2": {1: 0.3, 2: 0.9}, "student": {1: 0.9, 2: 0.3}}
+    assert not fuse_sources(_sources(), (1, 2), quality=worse, options=FusionOptions(components="none")).label_zyx.any()
+
+
+def test_the_more_confident_source_wins_where_quality_is_equal() -> None:
+    sources = _sources()
+    sources["sam2"][1, ..., :2], sources["sam2"][0, ..., :2] = 0.99, 0.01
+    fused = fuse_sources(sources, (1, 2), quality={"sam2": {1: 0.8, 2: 0.8}, "student": {1: 0.8, 2: 0.8}})
+    assert (fused.label_zyx[..., :2] == 1).all()
+
+
+def test_one_source_alone_comes_out_as_it_went_in() -> None:
+    prob = _sources()["sam2"]
+    fused = fuse_sources({"sam2": prob}, (1, 2), options=FusionOptions(components="none"))
+    np.testing.assert_allclose(fused.prob_czyx, normalised(prob), atol=1e-6)
+
+
+def test_stored_bytes_count_as_probabilities() -> None:
+    prob = _sources()["sam2"]
+    stored = np.round(prob * 255).astype(np.uint8)
+    fused = fuse_sources({"sam2": stored}, (1, 2), options=FusionOptions(components="none"))
+    np.testing.assert_allclose(fused.prob_czyx, prob, atol=1 / 255)
+
+
+def test_sources_of_different_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match="differ in shape"):
+        fuse_sources({"a": np.zeros((3, 1, 1, 1), np.float32), "b": np.zeros((3, 1, 1, 2), np.float32)}, (1, 2))
+
+
+def test_unknown_quality_counts_as_the_mean_of_what_is_known() -> None:
+    weights = source_weights({"sam2": {1: 0.8, 2: None}, "student": {}}, (1, 2))
+    np.testing.assert_allclose(weights["sam2"], [0.5, 0.5])
+    np.testing.assert_allclose(weights["sam2"] + weights["student"], 1.0)
+
+
+def test_a_source_that_never_finds_a_class_has_no_say_in_it() -> None:
+    weights = source_weights({"sam2": {1: 0.7}, "student": {1: 0.0}}, (1,))
+    np.testing.assert_allclose(weights["student"], [0.0])
