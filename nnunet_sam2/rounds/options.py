@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.trainers.settings import RoundSettings
+
+PROFILES = ("gpu", "cpu")
+"""``gpu``: the planned network with nnU-Net's schedule. ``cpu``: a lighter one, short enough for two cores."""
 
 FREE_OPTIONS = frozenset({"round_limit", "device", "threads"})
 """May change when a run is continued: they say how long and where, not what."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Hold the length and the optimiser of one training."""
-
-    num_epochs: int
-    num_iterations_per_epoch: int
-    num_val_iterations_per_epoch: int
-    optimizer: str
-    initial_lr: float
-    mirroring: bool
-    light: bool
-    """Whether the network is the lighter one of the CPU profile."""
-
-    @property
-    def iterations(self) -> int:
-        """Return the number of training steps."""
-        return self.num_epochs * self.num_iterations_per_epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,21 +80,21 @@ class RunOptions:
         """Return the name of a round's nnU-Net configuration, such as ``3d_fullres_r01``."""
         return f"{self.configuration}{self.tag}_" + ("final" if final else f"r{number:02d}")
 
-    def schedule(self, *, final: bool = False) -> Schedule:
-        """Return the schedule of a round's training, or of the last one's."""
-        base = PROFILES[self.profile][1 if final else 0]
+    def training(self, light: RoundSettings, *, final: bool = False) -> RoundSettings:
+        """Return the schedule of a round's training, or of the one after the last round.
+
+        ``light`` is what the CPU profile trains with; the GPU profile gives nnU-Net's own schedule to the last
+        training and a quarter of it to the rounds before.
+        """
+        settings = light if self.profile == "cpu" else RoundSettings()
         epochs = self.final_epochs if final else self.num_epochs
-        iterations = self.num_iterations_per_epoch or base.num_iterations_per_epoch
-        if self.profile == "cpu" and self.configuration.startswith("2d") and not self.num_iterations_per_epoch:
-            iterations = CPU_2D_ITERATIONS_PER_EPOCH
-        return Schedule(
-            num_epochs=epochs or base.num_epochs,
-            num_iterations_per_epoch=iterations,
-            num_val_iterations_per_epoch=base.num_val_iterations_per_epoch,
-            optimizer=base.optimizer,
-            initial_lr=base.initial_lr,
-            mirroring=base.mirroring,
-            light=base.light,
+        if epochs is None:
+            epochs = settings.num_epochs if final or self.profile == "cpu" else settings.num_epochs // 4
+        return replace(
+            settings,
+            num_epochs=epochs,
+            num_iterations_per_epoch=self.num_iterations_per_epoch or settings.num_iterations_per_epoch,
+            sequential_validation=self.profile == "cpu",
         )
 
     @property
@@ -124,32 +109,6 @@ class RunOptions:
     def to_json(self) -> dict[str, Any]:
         """Return all options as a JSON value."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
-
-
-_GPU_ROUND = Schedule(
-    num_epochs=250,
-    num_iterations_per_epoch=250,
-    num_val_iterations_per_epoch=50,
-    optimizer="sgd",
-    initial_lr=1e-2,
-    mirroring=True,
-    light=False,
-)
-_GPU_FINAL = Schedule(**{**_GPU_ROUND.__dict__, "num_epochs": 1000})
-_CPU_ROUND = Schedule(
-    num_epochs=10,
-    num_iterations_per_epoch=60,
-    num_val_iterations_per_epoch=2,
-    optimizer="adamw",
-    initial_lr=1e-3,
-    mirroring=False,
-    light=True,
-)
-CPU_2D_ITERATIONS_PER_EPOCH = 40
-
-PROFILES: dict[str, tuple[Schedule, Schedule]] = {"gpu": (_GPU_ROUND, _GPU_FINAL), "cpu": (_CPU_ROUND, _CPU_ROUND)}
-"""Schedules of a round and of the training after the last one. The GPU's are nnU-Net's own, a quarter of it in the
-rounds; the CPU's is a lighter network with AdamW, short enough for two cores."""
 
 
 def describe_difference(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -27,7 +27,8 @@ class RoundState:
     change_worst_tenth: float | None
     validation_dice: float | None
     validation_by_class: dict[str, float]
-    sam2_weight: dict[str, float]
+    quality: dict[str, dict[str, float]]
+    """Estimated Dice of SAM 2 and of the student, a class, by which the round's labels were fused."""
     iterations: int | None
     seconds: float
 
@@ -120,7 +121,8 @@ def state_of_events(folder: Path, events: Sequence[dict[str, Any]]) -> RunState:
             running = None
         elif event["event"] == "stopped":
             stopped = event
-    rounds = [_round(done, name) for name in sorted({s.split("/")[0] for s in done if "/" in s}) if name != "setup"]
+    names = {stage.split("/")[0] for stage in done} - {"setup", "finish"}
+    rounds = [_round(done, name) for name in sorted(names)]
     return RunState(
         folder=folder,
         options=options,
@@ -147,7 +149,7 @@ def _round(done: dict[str, dict[str, Any]], name: str) -> RoundState:
         change_worst_tenth=change["worst_tenth"] if change else None,
         validation_dice=train.get("validation_dice"),
         validation_by_class=train.get("validation_by_class", {}),
-        sam2_weight=fuse.get("sam2_weight", {}),
+        quality=fuse.get("quality", {}),
         iterations=train.get("iterations"),
         seconds=sum(event["seconds"] for event in stages.values()),
     )

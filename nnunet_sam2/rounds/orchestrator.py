@@ -1,0 +1,142 @@
+"""The loop, to be read like a method section: labels, training, prediction, again until the labels stop changing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nnunet_sam2.cohort.cohort import Cohort
+from nnunet_sam2.errors import InputError, StageError
+from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.progress import say
+from nnunet_sam2.rounds.convergence import RoundOutcome, StopReason, best_round, stop_reason
+from nnunet_sam2.rounds.ledger import Ledger
+from nnunet_sam2.rounds.lock import only_run
+from nnunet_sam2.rounds.options import RunOptions, describe_difference
+from nnunet_sam2.rounds.pseudo_labels import Fused
+from nnunet_sam2.rounds.stages import Stages, Student
+from nnunet_sam2.rounds.state import RunState, read_state, run_folder, state_of_events
+from nnunet_sam2.storage import remove_temporary_files
+
+
+def run_loop(folders: DatasetFolders, options: RunOptions) -> RunState:
+    """Run the loop to its end, or continue one that was stopped; return its state.
+
+    Raises InputError where the cohort or the options cannot give a run, StageError where a stage fails. Whatever was
+    finished before is kept, and the same call continues.
+    """
+    cohort = Cohort.load(folders.raw)
+    _refuse_unusable(cohort)
+    folder = run_folder(folders, options.run_name)
+    with only_run(folder):
+        ledger = Ledger(folder)
+        _remember_options(ledger, folder, options)
+        remove_temporary_files(folder)
+        stages = Stages(folders=folders, cohort=cohort, options=options, ledger=ledger, folder=folder)
+        _alternate(stages, options, ledger)
+    return read_state(folders, options.run_name)
+
+
+def _alternate(stages: Stages, options: RunOptions, ledger: Ledger) -> None:
+    stages.prepare()
+    support_labels = stages.label_from_supports()
+
+    outcomes: list[RoundOutcome] = []
+    student: Student | None = None
+    labels: Fused | None = None
+    students: dict[int, Student] = {}
+    if not options.skip_baseline:
+        stages.make_data(0, labels=None)
+        student = students[0] = stages.train(0, warm_start=None)
+        outcomes.append(RoundOutcome(number=0, change=None, validation_dice=student.validation_dice))
+
+    reason: StopReason | None = None
+    number = 0
+    while reason is None:
+        number += 1
+        if student is not None:
+            stages.predict(student)
+        refined = stages.refine(number, student) if student is not None and number > 1 else None
+        labels = stages.fuse(number, support_labels, student, refined, previous=labels)
+        if not labels.used_cases:
+            reason = StopReason.NOTHING_TO_LABEL
+            break
+        stages.make_data(number, labels=labels)
+        student = students[number] = stages.train(number, warm_start=student)
+        outcomes.append(
+            RoundOutcome(number=number, change=labels.change, validation_dice=student.validation_dice)
+        )
+        say(_describe(outcomes[-1], options))
+        reason = stop_reason(
+            outcomes,
+            round_limit=options.round_limit,
+            mean_change=options.mean_change,
+            worst_tenth_change=options.worst_tenth_change,
+            validation_drop=options.validation_drop,
+        )
+    if not outcomes:
+        raise StageError(
+            "SAM 2 found nothing in any unlabelled case and there is no baseline to go on with; "
+            "look at the labels with nnunet_sam2 label, or run without --skip-baseline"
+        )
+    best = best_round(outcomes)
+
+    if options.has_final and best > 0:
+        # the labels of the best round, and the whole schedule that the rounds were too short for
+        last = max(students) + 1
+        stages.make_data(last, labels=stages.labels_of(best), final=True)
+        students[last] = stages.train(last, warm_start=None, final=True)
+        outcomes.append(RoundOutcome(number=last, change=None, validation_dice=students[last].validation_dice))
+        best = best_round([o for o in outcomes if o.number in (best, last)])
+
+    stages.finish(students[best], support_labels)
+    ledger.append(
+        "stopped",
+        reason=reason.value,
+        best_round=best,
+        validation_watched=outcomes[-1].validation_dice is not None,
+    )
+
+
+def _describe(outcome: RoundOutcome, options: RunOptions) -> str:
+    parts = [f"round {outcome.number}:"]
+    if outcome.change is not None:
+        parts.append(
+            f"labels changed by {outcome.change.mean:.3f} on the mean (stops at {options.mean_change:g}) and "
+            f"{outcome.change.worst_tenth:.3f} in the worst tenth ({options.worst_tenth_change:g});"
+        )
+    if outcome.validation_dice is None:
+        parts.append("no held-out human label, so a fall of quality would go unseen")
+    else:
+        parts.append(f"validation Dice {outcome.validation_dice:.3f}")
+    return " ".join(parts)
+
+
+def _refuse_unusable(cohort: Cohort) -> None:
+    where = cohort.root
+    if not cohort.labelled:
+        raise InputError(f"{where} has no labelled case; convert at least one image with its label")
+    if not cohort.unlabelled:
+        raise InputError(f"{where} has no unlabelled case, so there is nothing to label; add images without labels")
+
+
+def _remember_options(ledger: Ledger, folder: Path, options: RunOptions) -> None:
+    before = state_of_events(folder, ledger.events).options
+    if before:
+        known = RunOptions(**before).identity()
+        if known != options.identity():
+            raise InputError(
+                f"{folder} was started with other options ({describe_difference(known, options.identity())}); "
+                "give the old ones to continue, or --branch NAME for a new run beside it"
+            )
+        if before == options.to_json():
+            return
+        if before["round_limit"] != options.round_limit and options.has_final and _ended(ledger):
+            raise InputError(
+                f"{folder} has had its final training, so --rounds can no longer change; "
+                "give --branch NAME for a new run"
+            )
+    ledger.append("run", options=options.to_json())
+
+
+def _ended(ledger: Ledger) -> bool:
+    return any(event["event"] == "stopped" for event in ledger.events)

@@ -1,0 +1,193 @@
+"""A round's labels: SAM 2 and student fused by their quality, held against the labels of the round before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_sam2.cohort.cohort import Case, Cohort
+from nnunet_sam2.progress import track
+from nnunet_sam2.rounds.convergence import Change, class_change, summarise_change
+from nnunet_sam2.storage import write_json
+from nnunet_sam2.volumes import read_label, write_label, write_map
+
+SAM2, STUDENT = "sam2", "student"
+LOWEST_QUALITY = 0.05
+"""Dice below which SAM 2's labels say nothing about the student's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fused:
+    """Hold a round's pseudo-labels and how they came about."""
+
+    folder: Path
+    """Holds ``CASE<ending>`` and ``confidence/CASE<ending>``."""
+    used_cases: tuple[str, ...]
+    """Cases that the round trains on."""
+    left_out: dict[str, str]
+    """Cases that it does not train on, with the reason."""
+    change: Change | None
+    quality: dict[str, dict[int, float]]
+    """Estimated Dice a source and class, which the fusion was weighted by."""
+    voxels: dict[str, dict[int, int]]
+    confidence: dict[str, float]
+    """Mean confidence of a case over the voxels that are not certain background."""
+    digest: str = ""
+
+    def files(self, file_ending: str) -> tuple[Path, ...]:
+        """Return all label and confidence files."""
+        names = [f"{case}{file_ending}" for case in sorted([*self.used_cases, *self.left_out])]
+        return tuple(path for name in names for path in (self.folder / name, self.folder / "confidence" / name))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as a JSON value; JSON wants text as keys."""
+        change = self.change
+        return {
+            "used_cases": list(self.used_cases),
+            "left_out": self.left_out,
+            "change": change
+            and {"mean": change.mean, "worst_tenth": change.worst_tenth, "by_case": _text_keys(change.by_case)},
+            "quality": _text_keys(self.quality),
+            "voxels": _text_keys(self.voxels),
+            "confidence": self.confidence,
+        }
+
+    @classmethod
+    def from_json(cls, folder: Path, value: Mapping[str, Any], *, digest: str) -> Fused:
+        """Rebuild the record from `to_json`."""
+        change = value["change"]
+        return cls(
+            folder=folder,
+            used_cases=tuple(value["used_cases"]),
+            left_out=dict(value["left_out"]),
+            change=change
+            and Change(
+                by_case=_int_keys(change["by_case"]), mean=change["mean"], worst_tenth=change["worst_tenth"]
+            ),
+            quality=_int_keys(value["quality"]),
+            voxels=_int_keys(value["voxels"]),
+            confidence=dict(value["confidence"]),
+            digest=digest,
+        )
+
+
+def estimate_student_quality(
+    *,
+    sam2_quality: Mapping[int, float],
+    validation: Mapping[int, float],
+    validation_cases: int,
+    agreement: Mapping[int, float],
+) -> dict[int, float]:
+    """Estimate the student's Dice on unlabelled cases, a class.
+
+    Where its errors and SAM 2's are independent, the two agree about as often as both are right, so that agreement
+    divided by SAM 2's quality is a first guess; it counts as one validation case among those that there are.
+    """
+    quality = {}
+    for value, agreed in agreement.items():
+        guess = min(1.0, agreed / max(sam2_quality.get(value, 1.0), LOWEST_QUALITY))
+        known = validation.get(value)
+        quality[value] = guess if known is None else (validation_cases * known + guess) / (validation_cases + 1)
+    return quality
+
+
+def fuse_cases(
+    cohort: Cohort,
+    *,
+    sam2: Path,
+    student: Path | None,
+    student_probabilities: Path | None,
+    sam2_quality: Mapping[int, float],
+    validation: Mapping[int, float],
+    validation_cases: int,
+    out: Path,
+    previous: Path | None,
+) -> Fused:
+    """Fuse the sources of every unlabelled case into ``out`` and compare with the labels in ``previous``.
+
+    ``sam2`` and ``student`` hold label maps (and ``sam2/probabilities``); ``student_probabilities`` holds the
+    student's probabilities, or what SAM 2 made of them when prompted with its predictions.
+    """
+    from nnunet_sam2.labelling.fusion import fuse_sources
+
+    values = cohort.class_values
+    ending = cohort.file_ending
+    quality: dict[str, dict[int, float]] = {SAM2: {v: sam2_quality.get(v, 0.5) for v in values}}
+    if student is not None:
+        agreement = mean_dice_by_class(cohort, cohort.unlabelled, student, reference=sam2)
+        quality[STUDENT] = estimate_student_quality(
+            sam2_quality=quality[SAM2],
+            validation=validation,
+            validation_cases=validation_cases,
+            agreement={v: agreement.get(v, 0.0) for v in values},
+        )
+
+    changes: dict[str, dict[int, float]] = {}
+    voxels: dict[str, dict[int, int]] = {}
+    confidence: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+    for case in track(cohort.unlabelled, what="fusing labels"):
+        name = case.case_id
+        sources = {SAM2: read_probabilities(sam2 / "probabilities" / f"{name}.npz")}
+        if student_probabilities is not None:
+            sources[STUDENT] = read_probabilities(student_probabilities / f"{name}.npz")
+        fused = fuse_sources(sources, values, quality=quality, options=options)
+        write_label(out / f"{name}{ending}", fused.label_zyx, case.geometry)
+        write_map(out / "confidence" / f"{name}{ending}", fused.confidence_zyx, case.geometry)
+        voxels[name] = {v: int((fused.label_zyx == v).sum()) for v in values}
+        doubtful = (fused.label_zyx > 0) | (fused.confidence_zyx < 0.99)
+        confidence[name] = round(float(fused.confidence_zyx[doubtful].mean()), 4) if doubtful.any() else 1.0
+        if not any(voxels[name].values()):
+            left_out[name] = "its label is empty: nnU-Net would learn it as background"
+        if previous is not None:
+            before, _ = read_label(previous / f"{name}{ending}")
+            changes[name] = class_change(before, fused.label_zyx, values)
+    result = Fused(
+        folder=out,
+        used_cases=tuple(c.case_id for c in cohort.unlabelled if c.case_id not in left_out),
+        left_out=left_out,
+        change=summarise_change(changes) if previous is not None else None,
+        quality=quality,
+        voxels=voxels,
+        confidence=confidence,
+    )
+    write_json(out / "round.json", result.to_json())
+    return result
+
+
+def read_probabilities(path: Path) -> np.ndarray:
+    """Read ``prob_czyx`` of a case as float32, 0 to 1, the background first."""
+    with np.load(path, allow_pickle=False) as stored:
+        return stored["prob_czyx"].astype(np.float32) / np.float32(255)
+
+
+def mean_dice_by_class(
+    cohort: Cohort, cases: Sequence[Case], folder: Path, *, reference: Path | None = None
+) -> dict[int, float]:
+    """Compute the mean Dice a class of the label maps in ``folder`` with ``reference``, or with the human labels.
+
+    A class counts in a case where either side has it; voxels with the ignore label count nowhere.
+    """
+    dices: dict[int, list[float]] = {}
+    for case in cases:
+        name = f"{case.case_id}{cohort.file_ending}"
+        mine, _ = read_label(folder / name)
+        other, _ = read_label(reference / name if reference else cohort.label_path(case))
+        if cohort.ignore_value is not None:
+            judged = (other != cohort.ignore_value) & (mine != cohort.ignore_value)
+            mine, other = mine * judged, other * judged
+        for value, changed in class_change(other, mine, cohort.class_values).items():
+            dices.setdefault(value, []).append(1.0 - changed)
+    return {value: float(np.mean(found)) for value, found in sorted(dices.items())}
+
+
+def _text_keys(table: Mapping[str, Mapping[int, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: {str(key): item for key, item in row.items()} for name, row in table.items()}
+
+
+def _int_keys(table: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[int, Any]]:
+    return {name: {int(key): item for key, item in row.items()} for name, row in table.items()}
