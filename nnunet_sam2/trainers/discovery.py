@@ -16,6 +16,7 @@ from nnunet_sam2.storage import write_text
 
 EXTENSION_VARIABLE = "nnUNet_extTrainer"
 TRAINER_NAME = "nnUNetTrainerSAM2"
+SHELLS = ("posix", "fish", "powershell")
 HOOK_FILE = "nnunet_sam2_hook.pth"
 NNUNET_VERSIONS = ((2, 8), (2, 9))
 """First nnU-Net version that works, and the first that is not known to: the trainer overrides its methods."""
@@ -45,14 +46,13 @@ def environment(current: Mapping[str, str] | None = None) -> dict[str, str]:
 
 def export_lines(shell: str = "posix", current: Mapping[str, str] | None = None) -> list[str]:
     """Return the lines that set `environment` in a shell: ``posix``, ``fish`` or ``powershell``."""
-    forms = {
-        "posix": lambda name, value: f"export {name}={shlex.quote(value)}",
-        "fish": lambda name, value: f"set -gx {name} {shlex.quote(value)}",
-        "powershell": lambda name, value: "$env:{} = '{}'".format(name, value.replace("'", "''")),
-    }
-    if shell not in forms:
-        raise InputError(f"unknown shell {shell!r}; known: {', '.join(forms)}")
-    return [forms[shell](name, value) for name, value in environment(current).items()]
+    if shell not in SHELLS:
+        raise InputError(f"unknown shell {shell!r}; known: {', '.join(SHELLS)}")
+    variables = environment(current)
+    if shell == "powershell":
+        return ["$env:{} = '{}'".format(name, value.replace("'", "''")) for name, value in variables.items()]
+    form = "export {}={}" if shell == "posix" else "set -gx {} {}"
+    return [form.format(name, shlex.quote(value)) for name, value in variables.items()]
 
 
 def require_nnunet() -> str:

@@ -1,0 +1,118 @@
+"""The training cases of a round: images that carry their distrust maps along, and who labelled which case."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
+
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.storage import atomic_path
+
+DISTRUST_MAX = 255
+"""Value of a distrust map where a voxel's label is not to be learned from at all; 0 is full trust."""
+
+DISTRUST_ENDING = ".b2nd"
+
+
+class DistrustedImage:
+    """Join a preprocessed image and its distrust map as one more channel, read only where it is cropped.
+
+    nnU-Net's loader asks a case's data for ``shape``, ``ndim``, ``dtype`` and a crop. The last channel holds distrust
+    from 0 to 1: the loader pads images with 0, which so means trust, as in stock training.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, image_czyx: Any, distrust_czyx: Any | None) -> None:
+        self._image_czyx = image_czyx
+        self._distrust_czyx = distrust_czyx
+        self.shape = (image_czyx.shape[0] + 1, *image_czyx.shape[1:])
+        self.ndim = len(self.shape)
+
+    def __getitem__(self, crop: tuple[slice, ...]) -> np.ndarray:
+        image_czyx = self._image_czyx[crop]
+        joined_czyx = np.empty((self.shape[0], *image_czyx.shape[1:]), dtype=self.dtype)
+        joined_czyx[:-1] = image_czyx
+        if self._distrust_czyx is None:
+            joined_czyx[-1] = 0
+        else:
+            np.divide(self._distrust_czyx[crop][0], DISTRUST_MAX, out=joined_czyx[-1])
+        return joined_czyx
+
+
+class RoundDataset:
+    """Give nnU-Net's loader the cases of a stock dataset, with distrust maps where ``distrust_folder`` is named.
+
+    A case without a map is trusted. ``pseudo_identifiers`` and ``pseudo_per_batch`` are for `RoundDataLoader`.
+    """
+
+    def __init__(
+        self,
+        stock: Any,
+        *,
+        pseudo_cases: Sequence[str] = (),
+        pseudo_per_batch: float | None = None,
+        distrust_folder: Path | None = None,
+        repeatable: bool = False,
+    ) -> None:
+        pseudo = set(pseudo_cases)
+        self.stock = stock
+        self.identifiers: list[str] = stock.identifiers
+        self.labelled_identifiers = [case for case in self.identifiers if case not in pseudo]
+        self.pseudo_identifiers = [case for case in self.identifiers if case in pseudo]
+        self.pseudo_per_batch = pseudo_per_batch
+        self.distrust_folder = distrust_folder
+        self.repeatable = repeatable
+
+    def load_case(self, identifier: str) -> tuple[Any, Any, Any, dict[str, Any]]:
+        """Open one case: image (with distrust), segmentation, previous stage's segmentation, properties."""
+        image_czyx, seg_czyx, previous_czyx, properties = self.stock.load_case(identifier)
+        if self.distrust_folder is not None:
+            distrust_czyx = open_distrust(self.distrust_folder, identifier, tuple(image_czyx.shape[1:]))
+            image_czyx = DistrustedImage(image_czyx, distrust_czyx)
+        return image_czyx, seg_czyx, previous_czyx, properties
+
+
+def distrust_path(folder: Path, case_id: str) -> Path:
+    """Return the file of a case's distrust map."""
+    return folder / f"{case_id}{DISTRUST_ENDING}"
+
+
+def open_distrust(folder: Path, case_id: str, shape_zyx: tuple[int, ...]) -> Any | None:
+    """Open a case's distrust map, uint8 (1, z, y, x), without reading it; None where the case has none."""
+    path = distrust_path(folder, case_id)
+    if not path.is_file():
+        return None
+    distrust_czyx = blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1})
+    if tuple(distrust_czyx.shape) != (1, *shape_zyx) or distrust_czyx.dtype != np.uint8:
+        raise InputError(
+            f"distrust map {path} is {distrust_czyx.dtype} {tuple(distrust_czyx.shape)}, its preprocessed image needs "
+            f"uint8 {(1, *shape_zyx)}; remove the round's configuration and make it again"
+        )
+    return distrust_czyx
+
+
+def distrust_from_confidence(confidence: np.ndarray) -> np.ndarray:
+    """Turn confidence (0 to 1, any shape) into distrust (uint8, 0 trusted, 255 ignored)."""
+    return np.rint((1 - np.clip(confidence, 0, 1)) * DISTRUST_MAX).astype(np.uint8)
+
+
+def write_distrust(folder: Path, case_id: str, distrust_zyx: np.ndarray, patch_size: Sequence[int]) -> Path:
+    """Write a distrust map (uint8, z, y, x on the preprocessed grid) in blocks that suit the patch size."""
+    path = distrust_path(folder, case_id)
+    distrust_czyx = np.ascontiguousarray(distrust_zyx[None], dtype=np.uint8)
+    blocks, chunks = comp_blosc2_params(distrust_czyx.shape, tuple(patch_size), bytes_per_pixel=1)
+    with atomic_path(path) as temporary:
+        blosc2.asarray(
+            distrust_czyx,
+            urlpath=str(temporary),
+            chunks=chunks,
+            blocks=blocks,
+            cparams={"codec": blosc2.Codec.LZ4HC, "clevel": 5, "nthreads": 1},
+        )
+    return path
