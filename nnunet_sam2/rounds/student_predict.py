@@ -1,0 +1,88 @@
+"""The process that predicts: ``python -m nnunet_sam2.rounds.student_predict REQUEST``.
+
+It is a process of its own because nnU-Net's predictor keeps what it once took of memory and threads.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_sam2.rounds.nnunet_predict import CASE_DONE
+from nnunet_sam2.storage import atomic_path, file_hash, read_json, write_json
+
+
+def main(argv: Sequence[str]) -> int:
+    """Predict every case of the request file ``argv[0]``, each written whole before the next begins."""
+    import torch
+
+    request = read_json(Path(argv[0]))
+    if request["threads"] is not None:
+        torch.set_num_threads(request["threads"])
+    predictor = _predictor(request)
+    for job in request["cases"]:
+        _predict(predictor, job)
+        print(f"{CASE_DONE}{job['id']}", flush=True)
+    return 0
+
+
+def class_probabilities(prob_czyx: np.ndarray, regions_class_order: Sequence[int] | None) -> np.ndarray:
+    """Turn nnU-Net's outputs into probabilities of the background and of each class value, ascending.
+
+    Without regions these are the outputs themselves. With regions, output i is the probability that region i holds,
+    and nnU-Net paints the values of ``regions_class_order`` over one another, the last on top: a value shows where its
+    region holds and none painted later does. Regions are taken as independent, so the result sums to one.
+    """
+    if regions_class_order is None:
+        return prob_czyx
+    values = sorted(set(regions_class_order))
+    result_czyx = np.zeros((len(values) + 1, *prob_czyx.shape[1:]), np.float32)
+    uncovered_zyx = np.ones(prob_czyx.shape[1:], np.float32)
+    for region_zyx, value in reversed(list(zip(prob_czyx, regions_class_order, strict=True))):
+        result_czyx[1 + values.index(value)] += region_zyx * uncovered_zyx
+        uncovered_zyx *= 1 - region_zyx
+    result_czyx[0] = uncovered_zyx
+    return result_czyx
+
+
+def _predictor(request: dict[str, Any]) -> Any:
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    predictor = nnUNetPredictor(
+        tile_step_size=0.5,
+        use_gaussian=True,
+        use_mirroring=request["mirroring"],
+        perform_everything_on_device=request["device"] == "cuda",
+        device=torch.device(request["device"]),
+        allow_tqdm=False,
+    )
+    predictor.initialize_from_trained_model_folder(request["model"], tuple(request["folds"]), "checkpoint_final.pth")
+    return predictor
+
+
+def _predict(predictor: Any, job: dict[str, Any]) -> None:
+    reader = predictor.plans_manager.image_reader_writer_class()
+    image_czyx, properties = reader.read_images(job["images"])
+    with_probabilities = job["probabilities"] is not None
+    answer = predictor.predict_single_npy_array(image_czyx, properties, None, None, with_probabilities)
+    label_zyx, prob_czyx = answer if with_probabilities else (answer, None)
+    hashes = {}
+    with atomic_path(Path(job["label"])) as temporary:
+        reader.write_seg(label_zyx, str(temporary), properties)
+    hashes["label"] = file_hash(Path(job["label"]))
+    if prob_czyx is not None:
+        order = predictor.label_manager.regions_class_order if predictor.label_manager.has_regions else None
+        steps_czyx = np.rint(class_probabilities(prob_czyx, order) * 255).astype(np.uint8)
+        with atomic_path(Path(job["probabilities"])) as temporary:
+            np.savez_compressed(temporary, prob_czyx=steps_czyx)
+        hashes["probabilities"] = file_hash(Path(job["probabilities"]))
+    write_json(Path(job["record"]), {"key": job["key"], "hashes": hashes})
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
