@@ -1,0 +1,69 @@
+"""Write the loop's benchmark table from its JSON into a marked part of docs/benchmarks.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nnunet_sam2.storage import read_json, write_text
+
+START, END = "<!-- loop: written by scripts/bench_loop.py from {source} -->", "<!-- loop: end -->"
+
+
+def write_table(results: Path, page: Path) -> None:
+    """Replace the page's marked part with the tables of all sets and seeds in ``results``."""
+    start = START.format(source=f"{results.parent.name}/{results.name}")
+    text = page.read_text(encoding="utf-8")
+    before, marker, rest = text.partition(start)
+    if not marker or END not in rest:
+        raise SystemExit(f"{page} lacks the lines {start!r} and {END!r}")
+    after = rest.partition(END)[2]
+    tables = "\n".join(_table(name, result) for name, result in read_json(results).items())
+    write_text(page, f"{before}{start}\n\n{tables}\n{END}{after}")
+
+
+def _table(name: str, result: dict[str, Any]) -> str:
+    bench, seed = name.split("/")
+    cut = result["set"]
+    classes = list(result["all_labels"]["classes"])
+    lines = [
+        f"### {bench}, seed {seed}",
+        "",
+        f"{cut['n_labelled']} labelled, {cut['n_unlabelled']} unlabelled, {cut['n_test']} test; `-c "
+        f"{cut['configuration']} -f {cut['fold']} --profile cpu`, SAM 2 at {cut['image_size']} px. Stopped: "
+        f"{result['stop_reason']}; kept: round {result['best_round']}. {result['finished']}.",
+        "",
+        "| | scored on | Dice | " + " | ".join(f"class {c}" for c in classes)
+        + " | HD95 mm | change (mean / worst tenth) | validation Dice | iterations | seconds |",
+        "|---|---|---|" + "---|" * (len(classes) + 5),
+        _row("nnU-Net, labelled only", "test", result["labelled_only"], classes),
+        _row("same, as long as all rounds together", "test", result["labelled_only_longer"], classes),
+        _row("SAM 2 labels (`transfer`)", "unlabelled", result["sam2"], classes, result["sam2_labels_seconds"]),
+    ]
+    for entry in result["rounds"]:
+        lines.append(_row(f"round {entry['round']}: labels", "unlabelled", entry["labels"], classes))
+        lines.append(_row(f"round {entry['round']}: nnU-Net", "test", entry, classes))
+    lines += [
+        _row("final labels", "unlabelled", result["final_labels"], classes),
+        _row("bound: human labels for all", "test", result["all_labels"], classes),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _row(
+    title: str, scored_on: str, entry: dict[str, Any], classes: list[str], seconds: float | None = None
+) -> str:
+    change = entry.get("change_mean")
+    cells = [
+        title,
+        scored_on,
+        f"**{entry['dice']:.3f}**",
+        *(f"{entry['classes'][c]:.3f}" for c in classes),
+        f"{entry['hd95']:.1f}",
+        "" if change is None else f"{change:.3f} / {entry['change_worst_tenth']:.3f}",
+        "" if entry.get("validation_dice") is None else f"{entry['validation_dice']:.3f}",
+        str(entry.get("iterations") or ""),
+        f"{entry.get('seconds', seconds):.0f}" if entry.get("seconds", seconds) is not None else "",
+    ]
+    return "| " + " | ".join(cells) + " |"
