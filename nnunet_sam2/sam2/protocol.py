@@ -5,7 +5,7 @@ Shape letters: N frames, K objects or prompts, S model size in pixels, C embeddi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,12 +24,21 @@ class Sam2Spec:
     image_size: int
     has_memory: bool
     """False where the checkpoint holds no trained video memory (an image model): `propagate` then refuses."""
+    precision: str = "float32"
+    """Number format that the image encoder computes in: "float32" or "bfloat16"."""
+    config: str = ""
+    """Name of the architecture."""
     origin: str
     """One sentence for reports: where the weights come from, or that they are untrained."""
 
 
 class Embeddings(Protocol):
     """Hold the features of N frames; they may lie on disk and are read when asked for."""
+
+    @property
+    def key(self) -> str:
+        """Return a hash of the frames and the model: equal keys mean equal features."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -104,4 +113,14 @@ class Sam2Backend(Protocol):
         never sent. The walk starts at the first prompted frame (the last with ``reverse``) and answers for every frame
         from there on that has no prompt.
         """
+        ...
+
+    def walk(
+        self,
+        video: Sequence[tuple[Embeddings, int]],
+        masks_kss: Mapping[int, np.ndarray],
+        *,
+        reverse: bool = False,
+    ) -> Iterator[Propagated]:
+        """Yield what `propagate` returns frame by frame, so that a long video's masks never lie in memory together."""
         ...
