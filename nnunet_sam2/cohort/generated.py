@@ -74,7 +74,7 @@ def draw_subject(rng: np.random.Generator, *, shape_zyx: tuple[int, int, int] = 
     large = muscle + rng.uniform(0.10, 0.20)
     rind = large + rng.uniform(0.12, 0.24)
     blob_count = int(rng.integers(9, 14))
-    blobs = []
+    blobs: list[tuple[float, float, float, float]] = []
     while len(blobs) < blob_count:
         z, y, x = rng.uniform(-0.9, 0.9), rng.uniform(-0.55, 0.55), rng.uniform(-0.75, 0.75)
         blobs.append((float(z), float(y), float(x), float(rng.uniform(0.07, 0.19))))

@@ -1,0 +1,76 @@
+"""``nnunet_sam2 convert``: a source folder becomes an nnU-Net raw dataset."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nnunet_sam2.cohort.convert import ConvertOptions, convert
+from nnunet_sam2.cohort.labels import parse_labels
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.folders import new_dataset_folders
+from nnunet_sam2.progress import say
+from nnunet_sam2.trainers.discovery import require_nnunet
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder with images/ and labels/, or an MSD task")
+    parser.add_argument("-d", dest="dataset_id", type=int, required=True, help="dataset id, 1 to 999")
+    parser.add_argument("-n", dest="name", required=True, help="dataset name, as in DatasetXXX_NAME")
+    parser.add_argument("--layout", default="auto", help="auto, folder, msd or images2d (default: auto)")
+    parser.add_argument("--test", type=Path, metavar="DIR", help="folder of test cases (default: SOURCE/test)")
+    parser.add_argument("--labelled", type=int, metavar="N", help="keep N labels, hide the rest; drawn by patient")
+    parser.add_argument("--unlabelled", type=int, metavar="N", help="keep at most N unlabelled cases")
+    parser.add_argument("--test-cases", type=int, metavar="N", help="hold out N labelled cases as test; by patient")
+    parser.add_argument("--seed", type=int, default=0, help="seed of these draws (default: 0)")
+    parser.add_argument("--channels", metavar="NAME,...", help="channel names in order, for example CT or T1,T2")
+    parser.add_argument(
+        "--labels",
+        metavar="TABLE",
+        help="NAME=VALUE,... (a region is NAME=1+2), JSON, or a JSON file such as dataset.json",
+    )
+    parser.add_argument("--regions-class-order", metavar="V,...", help="with regions: nnU-Net's regions_class_order")
+    parser.add_argument("--patient-pattern", metavar="REGEX", help="what of a case id names its patient (first group)")
+    parser.add_argument("--test-as-unlabelled", action="store_true", help="use test images without label as unlabelled")
+    parser.add_argument("--allow-empty", action="store_true", help="accept labelled cases without foreground")
+    parser.add_argument("--overwrite", action="store_true", help="replace the dataset if this command made it before")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert and say what came out."""
+    folders = new_dataset_folders(args.dataset_id, args.name)
+    require_nnunet()
+    labels, order = parse_labels(args.labels) if args.labels else (None, None)
+    if args.regions_class_order:
+        order = _numbers(args.regions_class_order)
+    options = ConvertOptions(
+        layout=args.layout,
+        test=args.test,
+        labelled=args.labelled,
+        unlabelled=args.unlabelled,
+        test_cases=args.test_cases,
+        seed=args.seed,
+        channels=tuple(part.strip() for part in args.channels.split(",")) if args.channels else None,
+        labels=labels,
+        regions_class_order=tuple(order) if order else None,
+        patient_pattern=args.patient_pattern,
+        test_as_unlabelled=args.test_as_unlabelled,
+        allow_empty=args.allow_empty,
+        overwrite=args.overwrite,
+    )
+    cohort = convert(args.source, folders, options)
+    classes = ", ".join(f"{name}={value}" for name, value in cohort.labels.items() if name != "background")
+    say(
+        f"{cohort.name}: {len(cohort.labelled)} labelled, {len(cohort.unlabelled)} unlabelled, {len(cohort.test)} test "
+        f"cases; channels {', '.join(cohort.channels)}; labels {classes}"
+    )
+    say(f"written to {cohort.root}")
+    return 0
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--regions-class-order {text!r} must be whole numbers, as in 1,2,3") from None

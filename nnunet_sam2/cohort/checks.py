@@ -1,0 +1,175 @@
+"""Reading every file of a source before anything is written, and refusing what would fail later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nnunet_sam2.cohort.cohort import Role
+from nnunet_sam2.cohort.labels import LabelTable
+from nnunet_sam2.cohort.layouts import SourceCase
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.file_checks import PICTURE_ENDINGS, file_ending, is_plain_nifti_gz, nifti_form_difference_mm
+from nnunet_sam2.geometry import Geometry
+from nnunet_sam2.pictures import picture_fits_png
+from nnunet_sam2.progress import track
+from nnunet_sam2.volumes import read_label, read_stored, voxel_hash
+
+FORM_TOLERANCE_MM = 1.0
+"""Distance of the corners by qform and by sform above which a NIfTI file gets a note."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedCase:
+    """Hold what one reading found out about a case; the voxels themselves are let go."""
+
+    case_id: str
+    source: SourceCase
+    picture: bool
+    channel_count: int
+    fits_png: bool
+    geometry: Geometry
+    voxel_hash: str
+    label_values: frozenset[int]
+    """Foreground values in the label or hidden label, as in the source's file."""
+    copy_images: tuple[bool, ...]
+    """Whether each image file can be taken byte for byte."""
+    copy_label: bool
+    notes: tuple[str, ...] = field(default=())
+
+
+def check_cases(
+    cases: Mapping[str, SourceCase],
+    role_of: Mapping[str, Role],
+    table: LabelTable | None,
+    *,
+    allow_empty: bool,
+) -> list[CheckedCase]:
+    """Read and check all cases, in order of their ids."""
+    checked: list[CheckedCase] = []
+    for case_id in track(sorted(cases), what="checking", total=len(cases)):
+        case = _check_case(cases[case_id], table)
+        if checked:
+            _check_same_kind(checked[0], case)
+        foreground = case.label_values - ({_ignore_value(table)} if table else set())
+        if role_of[case_id] is Role.LABELLED and not foreground and not allow_empty:
+            raise InputError(
+                f"{cases[case_id].label} is empty: no voxel belongs to a class; remove the file to make the case "
+                "unlabelled, or accept empty labels with --allow-empty"
+            )
+        checked.append(case)
+    return checked
+
+
+def check_duplicates(
+    checked: list[CheckedCase], role_of: Mapping[str, Role], patient_of: Mapping[str, str]
+) -> dict[str, str]:
+    """Refuse the same voxels in two roles; return the patients, with equal images of one role made one patient's."""
+    first: dict[str, CheckedCase] = {}
+    patients = dict(patient_of)
+    for case in checked:
+        twin = first.setdefault(case.voxel_hash, case)
+        if twin is case:
+            continue
+        here, there = role_of[twin.case_id], role_of[case.case_id]
+        if here is not there:
+            raise InputError(
+                f"{twin.source.images[0]} ({here.value}) and {case.source.images[0]} ({there.value}) hold the same "
+                "voxels; remove one, or testing would be on training images"
+            )
+        merged, gone = patients[twin.case_id], patients[case.case_id]
+        patients = {case_id: merged if patient == gone else patient for case_id, patient in patients.items()}
+    return patients
+
+
+def _ignore_value(table: LabelTable | None) -> int:
+    if table is None or not isinstance(value := table.labels.get("ignore"), int):
+        return 0
+    return next(source for source, target in table.source_values.items() if target == value)
+
+
+def _check_case(case: SourceCase, table: LabelTable | None) -> CheckedCase:
+    arrays: list[np.ndarray] = []
+    geometries: list[Geometry] = []
+    for path in case.images:
+        array, geometry = read_stored(path, split_fourth_axis=case.split_fourth_axis)
+        if geometries and (difference := geometries[0].mismatch(geometry)):
+            raise InputError(
+                f"{case.images[0]} and {path} are channels of one image but differ in {difference}; resample one"
+            )
+        arrays.append(array)
+        geometries.append(geometry)
+    geometry = geometries[0]
+    values, copy_label = _check_label(case, geometry, table)
+    picture = file_ending(case.images[0]) in PICTURE_ENDINGS
+    stacked = np.concatenate([array.astype(np.float32) for array in arrays])
+    if not np.isfinite(stacked).all():
+        raise InputError(f"{case.images[0]} holds values beyond the range of 32 bit floats; rescale it")
+    notes = []
+    if stacked.min() == stacked.max():
+        notes.append(f"{case.images[0]} is constant: every voxel is {stacked.min():g}")
+    for path in case.images:
+        if file_ending(path) in (".nii", ".nii.gz") and (d := nifti_form_difference_mm(path)) > FORM_TOLERANCE_MM:
+            notes.append(f"{path} has a qform and a sform that lie {d:.1f} mm apart; it is read as nnU-Net reads it")
+    return CheckedCase(
+        case_id=case.case_id,
+        source=case,
+        picture=picture,
+        channel_count=stacked.shape[0],
+        fits_png=picture and all(picture_fits_png(array) for array in arrays),
+        geometry=geometry,
+        voxel_hash=voxel_hash(stacked),
+        label_values=values,
+        copy_images=tuple(
+            not picture and is_plain_nifti_gz(path) and _same_for_nnunet(geometry, own)
+            for path, own in zip(case.images, geometries, strict=True)
+        ),
+        copy_label=copy_label,
+        notes=tuple(notes),
+    )
+
+
+def _check_label(case: SourceCase, geometry: Geometry, table: LabelTable | None) -> tuple[frozenset[int], bool]:
+    path = case.label or case.hidden_label
+    if path is None:
+        return frozenset(), False
+    allowed = None if table is None else table.source_values
+    label_zyx, own = read_label(path, allowed=allowed)
+    if difference := geometry.mismatch(own):
+        raise InputError(
+            f"{case.images[0]} and its label {path} differ in {difference}; resample the label onto the image's grid"
+        )
+    values = frozenset(np.flatnonzero(np.bincount(label_zyx.ravel())).tolist()) - {0}
+    as_it_is = (
+        file_ending(path) == ".nii.gz"
+        and is_plain_nifti_gz(path)
+        and read_stored(path)[0].dtype.kind in "iu"
+        and _same_for_nnunet(geometry, own)
+        and not (table and table.changes_values)
+    )
+    return values, as_it_is
+
+
+def _same_for_nnunet(one: Geometry, other: Geometry) -> bool:
+    """Say whether nnU-Net's integrity check calls two grids the same: it uses `numpy.allclose`, stricter than ours."""
+    return all(
+        np.allclose(a, b)
+        for a, b in (
+            (one.spacing_xyz_mm, other.spacing_xyz_mm),
+            (one.origin_xyz_mm, other.origin_xyz_mm),
+            (one.direction, other.direction),
+        )
+    )
+
+
+def _check_same_kind(first: CheckedCase, case: CheckedCase) -> None:
+    here, there = case.source.images[0], first.source.images[0]
+    if case.picture != first.picture:
+        raise InputError(f"{here} and {there}: one is a picture, one a volume; make a dataset of each kind")
+    if case.channel_count != first.channel_count:
+        raise InputError(
+            f"{here} has {case.channel_count} channels, {there} has {first.channel_count}; all cases need the same "
+            "(pictures: save all as grey or all as RGB)"
+        )

@@ -1,0 +1,260 @@
+"""Make an nnU-Net raw dataset of a source folder: check everything, then write, then rename into place."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_sam2.cohort.checks import CheckedCase, check_cases, check_duplicates
+from nnunet_sam2.cohort.cohort import COHORT_FILE, Cohort, Role
+from nnunet_sam2.cohort.labels import LabelTable, LabelValue, make_label_table, table_from_values
+from nnunet_sam2.cohort.layouts import Found, SourceCase, find
+from nnunet_sam2.cohort.layouts.folder import TEST
+from nnunet_sam2.cohort.layouts.found import check_case_id
+from nnunet_sam2.cohort.roles import choose_cases, patients_of, suspect_patients
+from nnunet_sam2.cohort.write import choose_ending, write_dataset
+from nnunet_sam2.errors import InputError, StageError
+from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.progress import say
+from nnunet_sam2.storage import TEMPORARY_MARK, atomic_folder
+
+_TEST_DRAW, _LABELLED_DRAW, _UNLABELLED_DRAW = 1, 2, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Say how a source folder becomes a cohort."""
+
+    layout: str = "auto"
+    test: Path | None = None
+    """Folder of test cases; a sub-folder ``test`` of the source is taken without being named."""
+    labelled: int | None = None
+    """Keep this many labels and hide the rest."""
+    unlabelled: int | None = None
+    """Keep at most this many unlabelled cases."""
+    test_cases: int | None = None
+    """Hold out this many labelled cases of the source for testing."""
+    seed: int = 0
+    channels: tuple[str, ...] | None = None
+    labels: dict[str, LabelValue] | None = None
+    regions_class_order: tuple[int, ...] | None = None
+    patient_pattern: str | None = None
+    test_as_unlabelled: bool = False
+    """Use test cases that have no label as unlabelled ones."""
+    allow_empty: bool = False
+    """Accept labelled cases without any foreground."""
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("labelled", 1), ("unlabelled", 1), ("test_cases", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"--{name.replace('_', '-')} {value} is too small; it is at least {least}")
+        if self.channels is not None and (not all(self.channels) or len(set(self.channels)) < len(self.channels)):
+            raise InputError(f"--channels {','.join(self.channels)} has an empty or repeated name")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options as a JSON value."""
+        value = dataclasses.asdict(self)
+        value["test"] = str(self.test) if self.test else None
+        return {key: list(entry) if isinstance(entry, tuple) else entry for key, entry in value.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """Hold each case's role and patient."""
+
+    role_of: dict[str, Role]
+    patient_of: dict[str, str]
+
+
+def convert(source: Path, folders: DatasetFolders, options: ConvertOptions) -> Cohort:
+    """Write ``source`` as the raw dataset ``folders.raw`` and return its cohort.
+
+    Nothing is written before every file has been read and checked, and the dataset takes its name when it is whole.
+    Raises `InputError` for whatever would make nnU-Net or the rounds fail later, `StageError` where writing fails.
+    """
+    check_target(folders, overwrite=options.overwrite)
+    found, cases = collect(source, options)
+    assignment = assign_roles(cases, options)
+    cases = {case_id: cases[case_id] for case_id in sorted(assignment.role_of)}
+    table = _declared_table(found, options)
+    checked = check_cases(cases, assignment.role_of, table, allow_empty=options.allow_empty)
+    if table is None:
+        table = table_from_values(value for case in checked for value in case.label_values)
+    patient_of = check_duplicates(checked, assignment.role_of, assignment.patient_of)
+    channels = _channel_names(found, checked, options)
+    for text in _advice(cases, checked, assignment, table, options):
+        say(f"note: {text}")
+    cohort = Cohort(
+        name=folders.name,
+        root=folders.raw,
+        channels=channels,
+        labels=dict(table.labels),
+        regions_class_order=table.regions_class_order,
+        file_ending=choose_ending(checked),
+        cases=(),
+        provenance={
+            "source": str(source.resolve()),
+            "layout": found.layout,
+            "options": options.to_json(),
+            "source_label_values": {str(a): b for a, b in table.source_values.items()}
+            if table.changes_values
+            else None,
+        },
+    )
+    try:
+        _remove_leftovers(folders)
+        with atomic_folder(folders.raw) as temporary:
+            entries = write_dataset(
+                temporary, checked, role_of=assignment.role_of, patient_of=patient_of, table=table, cohort=cohort
+            )
+            dataclasses.replace(cohort, root=temporary, cases=entries).save()
+    except OSError as error:
+        raise StageError(f"{folders.raw} could not be written ({error}); nothing was left behind") from None
+    return dataclasses.replace(cohort, cases=entries)
+
+
+def check_target(folders: DatasetFolders, *, overwrite: bool) -> None:
+    """Refuse an id that is taken, and a dataset that would be replaced under what was made from it."""
+    for root in (folders.raw.parent, folders.preprocessed.parent, folders.results.parent):
+        prefix = f"Dataset{folders.dataset_id:03d}_"
+        others = sorted(p.name for p in root.glob(f"{prefix}*") if p.name != folders.name) if root.is_dir() else []
+        if others:
+            raise InputError(f"id {folders.dataset_id} is taken by {root / others[0]}; choose another with -d")
+    if not folders.raw.exists():
+        return
+    if not overwrite:
+        raise InputError(f"{folders.raw} exists; choose another id with -d, or replace it with --overwrite")
+    if not (folders.raw / COHORT_FILE).is_file():
+        raise InputError(f"{folders.raw} was not made by this command (no {COHORT_FILE}); it is not overwritten")
+    for made in (folders.preprocessed, folders.results):
+        if made.exists():
+            raise InputError(
+                f"{made} was made from the dataset to be overwritten; remove it first, or choose another id"
+            )
+
+
+def collect(source: Path, options: ConvertOptions) -> tuple[Found, dict[str, SourceCase]]:
+    """List the cases of the source and of its test folder, each id once."""
+    found = find(source, options.layout, channels=options.channels)
+    listed = list(found.cases)
+    test = options.test
+    if test is None and found.layout != "msd" and (source / TEST).is_dir():
+        test = source / TEST
+    if test is not None:
+        if test.resolve() == source.resolve():
+            raise InputError(f"--test {test} is the source itself; name a folder of other cases")
+        layout = "folder" if found.layout == "msd" else found.layout
+        listed = [case for case in listed if not case.test]
+        listed += find(test, layout, channels=options.channels or found.channels, test=True).cases
+    cases: dict[str, SourceCase] = {}
+    folded: dict[str, SourceCase] = {}
+    for case in listed:
+        check_case_id(case.case_id, case.images[0])
+        twin = folded.get(case.case_id.lower())
+        if twin is not None:
+            raise InputError(f"{twin.images[0]} and {case.images[0]} are both case {case.case_id}; rename one of them")
+        if options.test_as_unlabelled and case.test and case.label is None:
+            case = dataclasses.replace(case, test=False)
+        folded[case.case_id.lower()] = cases[case.case_id] = case
+    return found, cases
+
+
+def assign_roles(cases: dict[str, SourceCase], options: ConvertOptions) -> Assignment:
+    """Give each case its role, drawing by patient; cases that are left out have none.
+
+    Each draw has its own random stream, so that the test cases stay the same when the number of labels changes.
+    """
+    patient_of = patients_of(sorted(cases), options.patient_pattern)
+    test = {case_id for case_id, case in cases.items() if case.test}
+    labelled = {case_id for case_id, case in cases.items() if case.label is not None and not case.test}
+    if not labelled:
+        raise InputError("no labelled case: no image has a label file of the same name; put at least one into labels/")
+    if options.test_cases:
+        partly = {patient_of[c] for c, case in cases.items() if not case.test and case.label is None}
+        pool = {c: patient_of[c] for c in labelled if patient_of[c] not in partly}
+        drawn = choose_cases(pool, options.test_cases, _rng(options.seed, _TEST_DRAW), what="--test-cases")
+        test |= drawn
+        labelled -= drawn
+        if not labelled:
+            raise InputError(f"--test-cases {options.test_cases} takes all labelled cases; leave some to learn from")
+    if options.labelled is not None:
+        pool = {c: patient_of[c] for c in labelled}
+        labelled = choose_cases(pool, options.labelled, _rng(options.seed, _LABELLED_DRAW), what="--labelled")
+    unlabelled = set(cases) - test - labelled
+    if not unlabelled:
+        raise InputError(
+            "no unlabelled case: every image has a label; add images without one, or hide labels with --labelled N"
+        )
+    if options.unlabelled is not None and options.unlabelled < len(unlabelled):
+        order = _rng(options.seed, _UNLABELLED_DRAW).permutation(sorted(unlabelled))
+        unlabelled = {str(c) for c in order[: options.unlabelled]}
+    leaked = sorted({patient_of[c] for c in test} & {patient_of[c] for c in labelled | unlabelled})
+    if leaked:
+        raise InputError(f"patient {leaked[0]} has cases both in test and in training; keep each patient on one side")
+    role_of = dict.fromkeys(test, Role.TEST) | dict.fromkeys(labelled, Role.LABELLED)
+    role_of |= dict.fromkeys(unlabelled, Role.UNLABELLED)
+    return Assignment(role_of=role_of, patient_of={c: patient_of[c] for c in role_of})
+
+
+def _rng(seed: int, draw: int) -> np.random.Generator:
+    return np.random.default_rng([seed, draw])
+
+
+def _declared_table(found: Found, options: ConvertOptions) -> LabelTable | None:
+    declared = options.labels or found.labels
+    if declared is None:
+        if options.regions_class_order:
+            raise InputError("--regions-class-order needs --labels with regions, for example --labels whole=1+2,core=2")
+        return None
+    order = options.regions_class_order or (found.regions_class_order if options.labels is None else None)
+    return make_label_table(declared, order)
+
+
+def _channel_names(found: Found, checked: list[CheckedCase], options: ConvertOptions) -> tuple[str, ...]:
+    count = checked[0].channel_count
+    names = options.channels or found.channels
+    if names is None:
+        names = ("R", "G", "B") if checked[0].picture and count == 3 else tuple(f"image{i}" for i in range(count))
+        names = ("image",) if count == 1 else names
+    if len(names) != count:
+        raise InputError(
+            f"{checked[0].source.images[0]} has {count} channel{'s' if count > 1 else ''}, named are {len(names)} "
+            f"({', '.join(names)}); correct --channels or the dataset.json of the source"
+        )
+    return tuple(names)
+
+
+def _advice(
+    cases: dict[str, SourceCase],
+    checked: list[CheckedCase],
+    assignment: Assignment,
+    table: LabelTable,
+    options: ConvertOptions,
+) -> list[str]:
+    """Collect what deserves a line but is no reason to refuse."""
+    notes = [note for case in checked for note in case.notes]
+    pair = suspect_patients(list(cases)) if options.patient_pattern is None else None
+    if pair:
+        notes.append(f"{pair[0]} and {pair[1]} look like one patient; say so with --patient-pattern '^([^_]+)'")
+    seen = {v for c in checked if assignment.role_of[c.case_id] is Role.LABELLED for v in c.label_values}
+    for name, value in table.labels.items():
+        values = {s for s, t in table.source_values.items() if t in (value if isinstance(value, list) else [value])}
+        if name not in ("background", "ignore") and not values & seen:
+            notes.append(f"class {name} is in no labelled case and cannot be learned; choose others or another --seed")
+    if table.changes_values:
+        changed = ", ".join(f"{a} -> {b}" for a, b in table.source_values.items() if a != b)
+        notes.append(f"label values are renumbered for nnU-Net: {changed}")
+    return notes
+
+
+def _remove_leftovers(folders: DatasetFolders) -> None:
+    """Remove what a killed conversion of this very dataset left behind."""
+    for path in folders.raw.parent.glob(f"{TEMPORARY_MARK}*_{folders.name}"):
+        shutil.rmtree(path)

@@ -1,0 +1,170 @@
+"""The label table: names and values as a user declares them, and as nnU-Net wants them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_sam2.cohort.cohort import IGNORE
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.storage import read_json
+
+BACKGROUND = "background"
+LabelValue = int | list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelTable:
+    """Hold nnU-Net's label table and how the values in the source's files become its values."""
+
+    labels: dict[str, LabelValue]
+    """Name to value, or to the values of a region; consecutive from 0, the ignore label highest."""
+    regions_class_order: tuple[int, ...] | None = None
+    source_values: dict[int, int]
+    """Value in the source's files to value in the dataset; the identity unless the source has gaps."""
+
+    @property
+    def changes_values(self) -> bool:
+        """Say whether label files have to be rewritten."""
+        return any(a != b for a, b in self.source_values.items())
+
+    def translate(self, label_zyx: np.ndarray) -> np.ndarray:
+        """Replace the source's values by the dataset's; all values must have been checked before."""
+        if not self.changes_values:
+            return label_zyx
+        lookup = np.zeros(max(self.source_values) + 1, np.uint16)
+        for source, target in self.source_values.items():
+            lookup[source] = target
+        translated = lookup[label_zyx]
+        return translated.astype(np.uint8) if translated.max() <= np.iinfo(np.uint8).max else translated
+
+
+def make_label_table(
+    declared: Mapping[str, LabelValue], regions_class_order: Iterable[int] | None = None
+) -> LabelTable:
+    """Check a declared table and make it one that nnU-Net takes.
+
+    A missing background is added. Plain labels with gaps (0 and 255) are renumbered in ascending order; regions must
+    be consecutive as they are. Raises `InputError` for anything that nnU-Net would refuse.
+    """
+    table: dict[str, LabelValue] = {BACKGROUND: 0}
+    for name, value in declared.items():
+        if name == BACKGROUND:
+            if value != 0:
+                raise InputError(f"label background has value {value}; nnU-Net's background is 0")
+            continue
+        if not name.strip():
+            raise InputError("a label has an empty name; give it one")
+        values = value if isinstance(value, list) else [value]
+        if not values or any(isinstance(v, bool) or not isinstance(v, int) or not 0 < v <= 65535 for v in values):
+            raise InputError(f"label {name} has value {value}; values are whole numbers from 1 to 65535")
+        table[name] = sorted(set(values)) if isinstance(value, list) and len(set(values)) > 1 else values[0]
+    if len(table) == 1:
+        raise InputError("the label table has no class beside the background; declare one with --labels NAME=1")
+    if isinstance(table.get(IGNORE), list):
+        raise InputError("the ignore label is a single value, the highest, not a region")
+    regions = any(isinstance(value, list) for value in table.values())
+    return _with_regions(table, regions_class_order) if regions else _plain(table, regions_class_order)
+
+
+def parse_labels(text: str) -> tuple[dict[str, LabelValue], list[int] | None]:
+    """Parse ``--labels``: ``NAME=VALUE,...`` (a region is ``NAME=1+2``), JSON, or a JSON file.
+
+    JSON is a label table or a whole nnU-Net ``dataset.json``; returns the table and its ``regions_class_order``.
+    """
+    text = text.strip()
+    if text.startswith("{"):
+        try:
+            return table_from_json(json.loads(text), "--labels")
+        except json.JSONDecodeError as error:
+            raise InputError(f"--labels is not valid JSON ({error})") from None
+    if text.lower().endswith(".json"):
+        return table_from_json(read_json(Path(text).expanduser()), text)
+    table: dict[str, LabelValue] = {}
+    for part in text.split(","):
+        name, separator, value = (piece.strip() for piece in part.rpartition("="))
+        numbers = [number.strip() for number in value.split("+")]
+        if not separator or not name or not all(number.isdigit() for number in numbers):
+            raise InputError(f"--labels: {part.strip()!r} is not NAME=VALUE; example: --labels liver=1,spleen=2")
+        if name in table:
+            raise InputError(f"--labels names {name} twice")
+        table[name] = int(numbers[0]) if len(numbers) == 1 else [int(number) for number in numbers]
+    return table, None
+
+
+def table_from_json(value: Any, where: str) -> tuple[dict[str, LabelValue], list[int] | None]:
+    """Read a label table from JSON: name to value (nnU-Net), or value to name (Medical Segmentation Decathlon)."""
+    order = None
+    if isinstance(value, dict) and isinstance(value.get("labels"), dict):
+        order = value.get("regions_class_order")
+        value = value["labels"]
+    if not isinstance(value, dict) or not value:
+        raise InputError(f'{where} holds no label table; it looks like {{"background": 0, "liver": 1}}')
+    table: dict[str, LabelValue] = {}
+    try:
+        for key, entry in value.items():
+            name, number = (entry, key) if isinstance(entry, str) and str(key).isdigit() else (key, entry)
+            if name in table:
+                raise InputError(f"{where} names {name} twice")
+            table[name] = [int(n) for n in number] if isinstance(number, (list, tuple)) else int(number)
+        return table, (None if order is None else [int(n) for n in order])
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: the label table must hold whole numbers, got {key!r}: {entry!r}") from None
+
+
+def table_from_values(values: Iterable[int]) -> LabelTable:
+    """Make a table for files without a declared one: ``class_1`` and so on; values must be consecutive from 1."""
+    found = sorted(set(values) - {0})
+    if not found:
+        raise InputError("no label file holds any foreground; declare the classes with --labels NAME=VALUE,...")
+    if found != list(range(1, len(found) + 1)):
+        shown = ", ".join(str(v) for v in found[:8]) + (", ..." if len(found) > 8 else "")
+        example = ",".join(f"name{i + 1}={v}" for i, v in enumerate(found[:3]))
+        raise InputError(
+            f"the label files hold the values {shown}, not 1 to {len(found)}, and no table declares them; "
+            f"declare what they mean, and they will be renumbered: --labels {example}"
+        )
+    return make_label_table({f"class_{value}": value for value in found})
+
+
+def _plain(table: dict[str, LabelValue], order: Iterable[int] | None) -> LabelTable:
+    if order is not None:
+        raise InputError("regions_class_order is given, but no label is a region; leave it out")
+    values = [value for value in table.values() if isinstance(value, int)]
+    if len(set(values)) != len(values):
+        twice = next(v for v in values if values.count(v) > 1)
+        names = [name for name, value in table.items() if value == twice]
+        raise InputError(f"labels {' and '.join(names)} share the value {twice}; give each its own")
+    if IGNORE in table and table[IGNORE] != max(values):
+        raise InputError(f"the ignore label has value {table[IGNORE]}; nnU-Net wants it highest, above {max(values)}")
+    source_values = {value: rank for rank, value in enumerate(sorted(values))}
+    labels: dict[str, LabelValue] = {
+        name: source_values[value] for name, value in table.items() if isinstance(value, int)
+    }
+    return LabelTable(labels=labels, source_values=source_values)
+
+
+def _with_regions(table: dict[str, LabelValue], order: Iterable[int] | None) -> LabelTable:
+    values: set[int] = set()
+    for value in table.values():
+        values.update(value if isinstance(value, list) else [value])
+    if values != set(range(len(values))):
+        raise InputError(f"labels with regions must be consecutive from 0, got {sorted(values)}; renumber the files")
+    if IGNORE in table and table[IGNORE] != max(values):
+        raise InputError(f"the ignore label has value {table[IGNORE]}; nnU-Net wants it highest, {max(values)}")
+    regions = [name for name in table if name not in (BACKGROUND, IGNORE)]
+    class_order = tuple(order) if order is not None else ()
+    if len(class_order) != len(regions):
+        raise InputError(
+            f"the labels {', '.join(regions)} have regions and need --regions-class-order with {len(regions)} values: "
+            "the label that each region leaves when the regions are painted over each other in this order"
+        )
+    stray = set(class_order) - values
+    if stray:
+        raise InputError(f"regions_class_order names {sorted(stray)}, which no region holds")
+    return LabelTable(labels=table, regions_class_order=class_order, source_values={v: v for v in sorted(values)})

@@ -1,0 +1,85 @@
+"""What a layout finds in a source folder, and the sorting of files into cases that layouts share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunet_sam2.cohort.labels import LabelValue
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.file_checks import is_image_file, strip_ending
+
+CASE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_MAX_ID_LENGTH = 120
+_RESERVED = {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(1, 10)), *(f"lpt{i}" for i in range(1, 10))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceCase:
+    """Name one case's files; nothing has been read yet."""
+
+    case_id: str
+    images: tuple[Path, ...]
+    """One file a channel, in channel order; one RGB picture; or one 4D file with ``split_fourth_axis``."""
+    label: Path | None
+    hidden_label: Path | None = None
+    """Truth of an unlabelled case that only evaluation may read."""
+    test: bool = False
+    split_fourth_axis: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Hold what a layout found."""
+
+    layout: str
+    cases: tuple[SourceCase, ...]
+    channels: tuple[str, ...] | None = None
+    """Channel names that the layout knows; None leaves them to the user or the default."""
+    labels: Mapping[str, LabelValue] | None = None
+    regions_class_order: tuple[int, ...] | None = None
+
+
+def check_case_id(case_id: str, where: Path) -> None:
+    """Refuse an id that some file system or nnU-Net would stumble over."""
+    if (
+        not CASE_ID.fullmatch(case_id)
+        or len(case_id) > _MAX_ID_LENGTH
+        or case_id.split(".")[0].lower() in _RESERVED
+        or case_id.endswith(".")
+    ):
+        raise InputError(
+            f"{where}: {case_id!r} cannot be a case id (letters, digits, '_', '-', '.', not at the start; at most "
+            f"{_MAX_ID_LENGTH}; no reserved name); rename the file"
+        )
+
+
+def image_files(folder: Path) -> dict[str, Path]:
+    """Map each image file's stem to its path; refuse two files with one stem and stems that differ in case alone."""
+    found: dict[str, Path] = {}
+    folded: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if not is_image_file(path):
+            continue
+        stem = strip_ending(path)
+        if stem.lower() in folded:
+            raise InputError(
+                f"{folded[stem.lower()]} and {path.name} both name case {stem}; keep one, or rename the other"
+            )
+        folded[stem.lower()] = path
+        found[stem] = path
+    return found
+
+
+def match_labels(case_ids: Iterable[str], labels: Mapping[str, Path], where: Path) -> dict[str, Path]:
+    """Give each case its label file; refuse a label file that belongs to no image."""
+    ids = set(case_ids)
+    stray = sorted(set(labels) - ids)
+    if stray:
+        hint = ""
+        if re.fullmatch(r".+_0000", stray[0]) and stray[0][:-5] in ids:
+            hint = "; label files carry no channel suffix, drop the _0000"
+        raise InputError(f"{labels[stray[0]]} has no image of the same name in {where}{hint or '; add or remove one'}")
+    return {case_id: labels[case_id] for case_id in sorted(ids & set(labels))}
