@@ -17,7 +17,8 @@ def say(text: str) -> None:
 def track(items: Iterable[Item], *, what: str, total: int | None = None) -> Iterable[Item]:
     """Iterate over ``items`` behind a progress bar on standard error that shows the time left.
 
-    Where standard error is not a terminal, the bar prints at most one line every 30 seconds.
+    What takes under two seconds shows none. Where standard error is not a terminal, the bar prints at most one line
+    every 30 seconds.
     """
     from tqdm import tqdm
 
@@ -29,5 +30,6 @@ def track(items: Iterable[Item], *, what: str, total: int | None = None) -> Iter
         leave=interactive,
         mininterval=0.2 if interactive else 30.0,
         ascii=not interactive,
+        delay=2.0,
         dynamic_ncols=interactive,
     )

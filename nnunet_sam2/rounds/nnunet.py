@@ -21,7 +21,7 @@ from nnunet_sam2.rounds.nnunet_base import (
 )
 from nnunet_sam2.rounds.nnunet_cases import preprocess_unlabelled
 from nnunet_sam2.rounds.nnunet_export import export_model
-from nnunet_sam2.rounds.nnunet_light import light_configuration
+from nnunet_sam2.rounds.nnunet_light import light_configuration, light_settings
 from nnunet_sam2.rounds.nnunet_plan import plan_and_preprocess, write_splits
 from nnunet_sam2.rounds.nnunet_predict import predict_cases
 from nnunet_sam2.rounds.nnunet_round import make_round_configuration
@@ -38,6 +38,7 @@ __all__ = [
     "final_checkpoint",
     "fold_folder",
     "light_configuration",
+    "light_settings",
     "make_round_configuration",
     "model_folder",
     "plan_and_preprocess",

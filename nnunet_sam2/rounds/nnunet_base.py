@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
-from nnunet_sam2.storage import read_json, write_text
+from nnunet_sam2.progress import say
+from nnunet_sam2.storage import TEMPORARY_MARK, read_json, write_text
 from nnunet_sam2.trainers.discovery import TRAINER_NAME
 
 PLANS = "nnUNetPlans"
+LOCK_FILE = ".nnunet_sam2.lock"
 TRAINER = TRAINER_NAME
 Fold = int | str
 """A fold's number, or ``"all"``."""
@@ -104,3 +109,33 @@ def require_trainable(plans: dict[str, Any], configuration: str) -> None:
     """Refuse configurations that a loop cannot train: the second stage of nnU-Net's cascade."""
     if resolved_configuration(plans, configuration).get("previous_stage"):
         raise InputError(f"{configuration} needs another configuration's predictions; use 2d, 3d_fullres or 3d_lowres")
+
+
+@contextmanager
+def only_writer(folders: DatasetFolders) -> Iterator[None]:
+    """Hold the dataset's preprocessed folder during the block; wait where another run (of another fold) writes to it.
+
+    Plans are read, changed and written back: two runs at once would lose one another's configurations.
+    """
+    from filelock import FileLock, Timeout
+
+    folders.preprocessed.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folders.preprocessed / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"another run prepares {folders.name}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def remove_remains(target: Path) -> None:
+    """Remove what killed writers of ``target``, a file or folder, left beside it; its writer's lock must be held."""
+    for path in target.parent.glob(f"{TEMPORARY_MARK}*_{target.name}"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

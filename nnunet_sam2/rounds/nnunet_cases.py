@@ -14,8 +14,16 @@ from nnunet_sam2.cohort.cohort import Case, Cohort
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import track
-from nnunet_sam2.rounds.nnunet_base import PLANS, read_plans, require_trainable, resolved_configuration
-from nnunet_sam2.storage import atomic_folder, atomic_path, file_hash, read_json, value_hash, write_json
+from nnunet_sam2.rounds.nnunet_base import PLANS, only_writer, read_plans, require_trainable, resolved_configuration
+from nnunet_sam2.storage import (
+    atomic_folder,
+    atomic_path,
+    file_hash,
+    read_json,
+    remove_temporary_files,
+    value_hash,
+    write_json,
+)
 from nnunet_sam2.trainers.discovery import require_nnunet
 
 if TYPE_CHECKING:
@@ -73,29 +81,9 @@ def preprocess_unlabelled(
 
     The plans' fingerprint is that of the labelled cases. ``processes`` above 1 starts that many workers.
     """
-    loaded = load_preprocessing(folders, configuration, plans=plans)
     folder = unlabelled_folder(folders, configuration, plans=plans)
-    keys = {case_id: _image_key(cohort.case(case_id), loaded) for case_id in case_ids}
-    todo = [case_id for case_id in case_ids if not is_preprocessed(folder / case_id, keys[case_id])]
-    if not todo:
-        return folder
-    jobs = [([str(p) for p in cohort.image_paths(cohort.case(c))], folder / c, keys[c]) for c in todo]
-    what = f"preprocessing {len(todo)} unlabelled cases"
-    if processes == 1:
-        for images, target, key in track(jobs, what=what, total=len(jobs)):
-            _preprocess_image(images, target, key, loaded)
-        return folder
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context) as pool:
-        futures = [
-            pool.submit(_preprocess_in_worker, images, target, key, folders, configuration, plans)
-            for images, target, key in jobs
-        ]
-        for future in track(as_completed(futures), what=what, total=len(futures)):
-            future.result()
+    with only_writer(folders):
+        _preprocess_missing(folders, cohort, configuration, case_ids, folder, plans, processes)
     return folder
 
 
@@ -173,6 +161,40 @@ def save_array(path: Path, array_czyx: np.ndarray, patch_size: Sequence[int]) ->
             blocks=blocks,
             cparams={"codec": blosc2.Codec.LZ4HC, "clevel": 5, "nthreads": 1},
         )
+
+
+def _preprocess_missing(
+    folders: DatasetFolders,
+    cohort: Cohort,
+    configuration: str,
+    case_ids: Sequence[str],
+    folder: Path,
+    plans: str,
+    processes: int,
+) -> None:
+    loaded = load_preprocessing(folders, configuration, plans=plans)
+    keys = {case_id: _image_key(cohort.case(case_id), loaded) for case_id in case_ids}
+    todo = [case_id for case_id in case_ids if not is_preprocessed(folder / case_id, keys[case_id])]
+    if not todo:
+        return
+    remove_temporary_files(folder)
+    jobs = [([str(p) for p in cohort.image_paths(cohort.case(c))], folder / c, keys[c]) for c in todo]
+    what = f"preprocessing {len(todo)} unlabelled cases"
+    if processes == 1:
+        for images, target, key in track(jobs, what=what, total=len(jobs)):
+            _preprocess_image(images, target, key, loaded)
+        return
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context) as pool:
+        futures = [
+            pool.submit(_preprocess_in_worker, images, target, key, folders, configuration, plans)
+            for images, target, key in jobs
+        ]
+        for future in track(as_completed(futures), what=what, total=len(futures)):
+            future.result()
 
 
 def _preprocess_in_worker(

@@ -12,6 +12,7 @@ from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.rounds.nnunet_base import (
     PLANS,
+    only_writer,
     plans_path,
     read_plans,
     require_trainable,
@@ -59,6 +60,38 @@ def plan_and_preprocess(
     """
     if not cohort.labelled:
         raise InputError(f"{cohort.name} has no labelled case; nnU-Net needs at least one to plan from")
+    with only_writer(folders):
+        _plan_and_preprocess(folders, cohort, configuration, log, plans, planner, processes)
+    return plans_path(folders, plans)
+
+
+def write_splits(folders: DatasetFolders, cohort: Cohort) -> list[dict[str, list[str]]]:
+    """Write ``splits_final.json`` (by patient, labelled cases only) and return the folds; a valid one is kept.
+
+    Empty, and no file, where all labelled cases are one patient's: only fold ``all`` can then be trained.
+    """
+    path = folders.preprocessed / SPLITS_FILE
+    if path.is_file():
+        splits: list[dict[str, list[str]]] = read_json(path)
+        _check_splits(splits, cohort, path)
+        return splits
+    from nnunet_sam2.cohort.splits import make_splits
+
+    splits = make_splits(cohort)
+    if splits:
+        write_json(path, splits)
+    return splits
+
+
+def _plan_and_preprocess(
+    folders: DatasetFolders,
+    cohort: Cohort,
+    configuration: str,
+    log: Path,
+    plans: str,
+    planner: str | None,
+    processes: int,
+) -> None:
     key = labelled_key(cohort)
     marker = _read_marker(folders)
     state = marker.get(plans, {})
@@ -72,7 +105,7 @@ def plan_and_preprocess(
     state.setdefault("done", [])
     if configuration in state["done"] and _is_whole(folders, cohort, configuration, plans):
         _refresh_references(folders, cohort)
-        return plans_path(folders, plans)
+        return
     # Before anything changes: what is on disk may be half a step from here on.
     state["done"] = [name for name in state["done"] if name != configuration]
     _write_marker(folders, {**marker, plans: state})
@@ -99,25 +132,6 @@ def plan_and_preprocess(
     state["planned"] = True
     state["done"] = sorted({*state["done"], configuration})
     _write_marker(folders, {**marker, plans: state})
-    return plans_path(folders, plans)
-
-
-def write_splits(folders: DatasetFolders, cohort: Cohort) -> list[dict[str, list[str]]]:
-    """Write ``splits_final.json`` (by patient, labelled cases only) and return the folds; a valid one is kept.
-
-    Empty, and no file, where all labelled cases are one patient's: only fold ``all`` can then be trained.
-    """
-    path = folders.preprocessed / SPLITS_FILE
-    if path.is_file():
-        splits: list[dict[str, list[str]]] = read_json(path)
-        _check_splits(splits, cohort, path)
-        return splits
-    from nnunet_sam2.cohort.splits import make_splits
-
-    splits = make_splits(cohort)
-    if splits:
-        write_json(path, splits)
-    return splits
 
 
 def _check_splits(splits: list[dict[str, list[str]]], cohort: Cohort, path: Path) -> None:

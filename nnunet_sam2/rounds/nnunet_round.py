@@ -18,7 +18,9 @@ from nnunet_sam2.progress import track
 from nnunet_sam2.rounds.nnunet_base import (
     PLANS,
     RoundConfiguration,
+    only_writer,
     read_plans,
+    remove_remains,
     resolved_configuration,
     write_plans,
 )
@@ -32,6 +34,7 @@ from nnunet_sam2.rounds.nnunet_cases import (
     preprocess_unlabelled,
     preprocessed_case,
     save_array,
+    unlabelled_folder,
 )
 from nnunet_sam2.rounds.nnunet_plan import labelled_key
 from nnunet_sam2.storage import atomic_folder, file_hash, read_json, value_hash, write_json
@@ -101,23 +104,14 @@ def make_round_configuration(
             )
         if _is_whole(folder, distrust, cohort, inputs) and all_plans["configurations"].get(name) == entry:
             return made
-    loaded = load_preprocessing(folders, base_configuration, plans=plans)
-    images = (
+    if pseudo_cases:
         preprocess_unlabelled(folders, cohort, base_configuration, pseudo_cases, plans=plans, processes=processes)
-        if pseudo_cases
-        else None
-    )
-    patch = entry.get("patch_size", loaded.configuration.patch_size)
-    with atomic_folder(folder) as new_folder, atomic_folder(distrust) as new_distrust:
-        base_folder = folders.preprocessed / loaded.configuration.data_identifier
-        for case in cohort.labelled:
-            for end in (".b2nd", "_seg.b2nd", ".pkl"):
-                _link(base_folder / f"{case.case_id}{end}", new_folder / f"{case.case_id}{end}")
-        for case_id in track(pseudo_cases, what=f"writing labels of {name}") if pseudo_cases else ():
-            if images is not None:
-                _write_pseudo_case(case_id, inputs[case_id], images / case_id, new_folder, new_distrust, loaded, patch)
-    all_plans["configurations"][name] = entry
-    write_plans(folders, all_plans, plans)
+    with only_writer(folders):
+        loaded = load_preprocessing(folders, base_configuration, plans=plans)
+        _write_data(made, cohort, folders, unlabelled_folder(folders, base_configuration, plans=plans), inputs, loaded)
+        all_plans = read_plans(folders, plans)
+        all_plans["configurations"][name] = entry
+        write_plans(folders, all_plans, plans)
     write_json(record, {"key": key, "labelled": [c.case_id for c in cohort.labelled], "pseudo": list(pseudo_cases)})
     return made
 
@@ -165,6 +159,25 @@ def _is_whole(folder: Path, distrust: Path, cohort: Cohort, inputs: Mapping[str,
     )
 
 
+def _write_data(
+    made: RoundConfiguration,
+    cohort: Cohort,
+    folders: DatasetFolders,
+    images: Path,
+    inputs: Mapping[str, Sequence[Path]],
+    loaded: Preprocessing,
+) -> None:
+    base = folders.preprocessed / loaded.configuration.data_identifier
+    for path in (made.data_folder, made.confidence_folder):
+        remove_remains(path)
+    with atomic_folder(made.data_folder) as folder, atomic_folder(made.confidence_folder) as distrust:
+        for case in cohort.labelled:
+            for end in (".b2nd", "_seg.b2nd", ".pkl"):
+                _link(base / f"{case.case_id}{end}", folder / f"{case.case_id}{end}")
+        for case_id, files in track(inputs.items(), what=f"writing labels of {made.name}"):
+            _write_pseudo_case(case_id, files, images / case_id, folder, distrust, loaded)
+
+
 def _write_pseudo_case(
     case_id: str,
     files: Sequence[Path],
@@ -172,7 +185,6 @@ def _write_pseudo_case(
     folder: Path,
     distrust: Path,
     loaded: Preprocessing,
-    patch_size: Sequence[int],
 ) -> None:
     from nnunet_sam2.trainers.dataset import distrust_from_confidence, write_distrust
 
@@ -180,6 +192,7 @@ def _write_pseudo_case(
         raise InputError(f"{image_folder} was changed after preprocessing; remove it and run again")
     labels = loaded.plans.get_label_manager(loaded.dataset)
     allowed = [*labels.all_labels, *([labels.ignore_label] if labels.has_ignore_label else [])]
+    patch_size = loaded.configuration.patch_size
     properties, nonzero_zyx = preprocessed_case(image_folder)
     label_zyx, _ = read_label(files[0], allowed=allowed)
     seg_czyx, locations = preprocess_segmentation(label_zyx, properties, nonzero_zyx, loaded)
