@@ -1,0 +1,134 @@
+"""``nnunet_sam2 predict``: segment new images with the model of the best round, or of one that is named."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.file_checks import VOLUME_ENDINGS
+from nnunet_sam2.folders import DatasetFolders, find_dataset
+
+_CHANNEL = re.compile(r"_(\d{4})$")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options; nnU-Net's letters where nnU-Net has one."""
+    parser.add_argument("-d", dest="dataset", required=True, help="dataset id or DatasetXXX_Name")
+    parser.add_argument(
+        "-i", dest="images", type=Path, required=True,
+        help="folder of images: CASE_0000 and so on, one file a channel; CASE alone where there is one channel",
+    )
+    parser.add_argument("-o", dest="out", type=Path, required=True, help="folder for the label maps")
+    add_model_arguments(parser)
+    parser.add_argument("--save_probabilities", action="store_true", help="also write OUT/probabilities/CASE.npz")
+    parser.add_argument("--disable_tta", action="store_true", help="do not mirror, even if the model was trained so")
+    parser.add_argument("--device", "-device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that choose a model among a dataset's runs and rounds."""
+    parser.add_argument("--round", type=int, help="round whose model to use (default: the best one)")
+    parser.add_argument("--run", dest="run_name", help="run, by the name that status shows (default: the last one)")
+    parser.add_argument("-f", dest="fold", help="fold of the run (default: that of the last run)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict every case of the input folder; what is there already and was made from the same is kept."""
+    from nnunet_sam2.cohort.cohort import Cohort
+    from nnunet_sam2.progress import say
+    from nnunet_sam2.rounds.nnunet import predict_cases
+
+    folders = find_dataset(args.dataset)
+    configuration, fold = chosen_model(folders, args)
+    cohort = Cohort.load(folders.raw)
+    if args.out.resolve() == args.images.resolve():
+        raise InputError(f"-o {args.out} is the folder of the images; give another one")
+    endings = VOLUME_ENDINGS if cohort.file_ending in VOLUME_ENDINGS else (cohort.file_ending,)
+    cases = find_cases(args.images, endings, files_a_case=len(cohort.cases[0].images))
+    say(f"{len(cases)} cases with {configuration}, fold {fold}")
+    predict_cases(
+        folders,
+        configuration,
+        [fold],
+        cases,
+        args.out,
+        device=args.device if args.device != "auto" else _best_device(),
+        log=args.out / "predict.log",
+        save_probabilities=args.save_probabilities,
+        mirroring=not args.disable_tta,
+        threads=args.threads,
+    )
+    say(f"label maps: {args.out}")
+    return 0
+
+
+def chosen_model(folders: DatasetFolders, args: argparse.Namespace) -> tuple[str, str]:
+    """Return configuration and fold of the model that the options choose."""
+    from nnunet_sam2.rounds.state import find_runs, read_state
+
+    if args.run_name is not None or args.fold is None:
+        state = read_state(folders, args.run_name)
+    else:
+        states = [read_state(folders, path.name) for path in find_runs(folders)]
+        fitting = [state for state in states if state.fold == args.fold]
+        if not fitting:
+            known = ", ".join(sorted({state.fold for state in states})) or "none"
+            raise InputError(f"{folders.name} has no run of fold {args.fold}; folds with runs: {known}")
+        state = fitting[-1]
+    if args.fold is not None and state.fold != args.fold:
+        raise InputError(f"run {args.run_name} trained fold {state.fold}, not {args.fold}; leave out -f")
+    return state.configuration_of(args.round), state.fold
+
+
+def find_cases(folder: Path, endings: Sequence[str], *, files_a_case: int) -> dict[str, list[Path]]:
+    """Find the cases of a folder: id -> its image files in the order of their channels.
+
+    A case is ``CASE_0000.nii.gz``, ``CASE_0001.nii.gz`` and so on, as in nnU-Net; where a case is one file, plain
+    ``CASE.nii.gz`` will do. Raises `InputError` for missing or surplus channels and where nothing is found.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; give the folder of the images with -i")
+    cases: dict[str, dict[int, Path]] = {}
+    for path in sorted(folder.iterdir()):
+        ending = next((e for e in endings if path.name.endswith(e)), None)
+        if ending is None or path.name.startswith("."):
+            continue
+        case_id, channel = _case_and_channel(path.name.removesuffix(ending), plain=files_a_case == 1)
+        if channel in cases.setdefault(case_id, {}):
+            raise InputError(f"{path} and {cases[case_id][channel].name} are the same case; remove one")
+        cases[case_id][channel] = path
+    if not cases:
+        raise InputError(f"{folder} holds no images with the ending {' or '.join(endings)}, which the model reads")
+    for case_id, channels in cases.items():
+        _require_channels(folder, case_id, channels, files_a_case)
+    return {case_id: [channels[i] for i in range(files_a_case)] for case_id, channels in cases.items()}
+
+
+def _case_and_channel(stem: str, *, plain: bool) -> tuple[str, int]:
+    match = _CHANNEL.search(stem)
+    if match:
+        return stem[: match.start()], int(match.group(1))
+    if plain:
+        return stem, 0
+    raise InputError(f"{stem}: the model takes several channels; name the files {stem}_0000, {stem}_0001 and so on")
+
+
+def _require_channels(folder: Path, case_id: str, channels: Iterable[int], count: int) -> None:
+    missing = sorted(set(range(count)) - set(channels))
+    if missing:
+        raise InputError(f"{folder}: channel {case_id}_{missing[0]:04d} is missing; the model takes {count} a case")
+    surplus = sorted(set(channels) - set(range(count)))
+    if surplus:
+        raise InputError(f"{folder}: channel {case_id}_{surplus[0]:04d} is surplus; the model takes {count} a case")
+
+
+def _best_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
