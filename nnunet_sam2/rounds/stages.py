@@ -410,7 +410,7 @@ class Stages:
         if number > (1 if self.options.skip_baseline else 0) and not final:
             before = self.options.round_configuration(number - 1)
             folder = nnunet.model_folder(self.folders, before) / f"fold_{self._fold}"
-            warm_start = str((folder / "checkpoint_final.pth").relative_to(self.folders.results.parent))
+            warm_start = str((folder / "checkpoint_final.pth").relative_to(self.folders.results))
         return replace(
             settings,
             seed=self.options.seed + number,
