@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import interpolate
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.frames import Frames
@@ -176,20 +177,31 @@ class MetaSam2Backend:
                 mask_prompt = mask_logits_khw.to(self._device).float()[:, None].clamp(-32.0, 32.0)
             top = embeddings.top(index).to(self._device)[None] + model.no_mem_embed.reshape(1, -1, 1, 1)
             high = [m.to(self._device)[None].expand(count, -1, -1, -1) for m in embeddings.high(index)]
-            outputs = model._forward_sam_heads(
-                backbone_features=top.expand(count, -1, -1, -1),
-                point_inputs={
-                    "point_coords": torch.from_numpy(coordinates).to(self._device),
-                    "point_labels": torch.from_numpy(labels).to(self._device),
-                },
-                mask_inputs=mask_prompt,
-                high_res_features=high,
-                multimask_output=False,
+            # Without the gate by object score: who prompts a frame says that the object is there, and sam2's image
+            # predictor does not ask either.
+            sparse, dense = model.sam_prompt_encoder(
+                points=(
+                    torch.from_numpy(coordinates).to(self._device),
+                    torch.from_numpy(labels).to(self._device),
+                ),
+                boxes=None,
+                masks=mask_prompt,
             )
-        _, _, iou, low_res, high_res, _, _ = outputs
+            low_res, iou, _, _ = model.sam_mask_decoder(
+                image_embeddings=top.expand(count, -1, -1, -1),
+                image_pe=model.sam_prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=False,
+                repeat_image=False,
+                high_res_features=high,
+            )
+            low_res = low_res.float()
+            size = (self._spec.image_size, self._spec.image_size)
+            high_res = interpolate(low_res, size=size, mode="bilinear", align_corners=False)
         return Decoded(
-            logits_kss=high_res[:, 0].float(),
-            low_res_logits_khw=low_res[:, 0].float(),
+            logits_kss=high_res[:, 0],
+            low_res_logits_khw=low_res[:, 0],
             iou_k=iou[:, 0].float().clamp(0.0, 1.0),
         )
 

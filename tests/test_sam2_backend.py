@@ -1,0 +1,361 @@
+"""The SAM 2 back end held against sam2's own predictors, and its cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nnunet_sam2.frames import Frames
+from nnunet_sam2.sam2.backend import MetaSam2Backend, default_precision, load_backend
+from nnunet_sam2.sam2.cache import TENSORS, EmbeddingCache
+from nnunet_sam2.sam2.config import UNTRAINED, load_config
+from nnunet_sam2.sam2.model import build_untrained, model_arguments
+from nnunet_sam2.sam2.protocol import Sam2Spec
+
+SIZE = 64
+WEIGHTS = Path(os.environ.get("NNUNET_SAM2_WEIGHTS", Path(__file__).parents[2] / "shared" / "weights"))
+IMAGE_WEIGHTS = WEIGHTS / "sam2_hiera_tiny_image.safetensors"
+
+
+def lively_model():
+    """Return a small SAM 2 whose random weights are strong enough for masks, scores and memory to vary."""
+    model = build_untrained(load_config(UNTRAINED), SIZE)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "norm" not in name:
+            fan_in = parameter[0].numel() if parameter.shape[0] > 1 else parameter.numel()
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (2.0 / fan_in) ** 0.5)
+        elif name.endswith("gamma"):
+            parameter.fill_(0.5)
+        elif name.endswith("pred_obj_score_head.layers.2.bias"):
+            parameter.fill_(0.33)  # some objects are then gone on some frames, most are there
+    return model
+
+
+def make_backend(model, cache=None, **changes):
+    spec = {"name": "lively", "checkpoint_hash": "0", "image_size": SIZE, "has_memory": True, "origin": "a test"}
+    return MetaSam2Backend(
+        model=model,
+        spec=Sam2Spec(**{**spec, **changes}),
+        device=torch.device("cpu"),
+        cache=cache or EmbeddingCache(None),
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lively_model()
+
+
+@pytest.fixture(scope="module")
+def backend(model):
+    return make_backend(model)
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    base = rng.uniform(size=(3, 8, 8))
+    drift = np.stack([base + 0.15 * n * rng.uniform(-1, 1, size=base.shape) for n in range(9)])
+    return np.clip(drift, 0, 1).repeat(8, 2).repeat(8, 3).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def embeddings(backend, images):
+    return backend.embed(Frames.from_images(images))
+
+
+def masks(*boxes):
+    """Return (K, S, S) masks; None stands for an object that is not there."""
+    out = np.zeros((len(boxes), SIZE, SIZE), bool)
+    for mask, box in zip(out, boxes, strict=True):
+        if box is not None:
+            mask[box[1] : box[3], box[0] : box[2]] = True
+    return out
+
+
+def stock_walk(model, monkeypatch, embeddings, prompts, *, reverse):
+    """Let sam2's own video predictor walk over the same features: {frame: logits (K, S, S)}."""
+    from sam2 import sam2_video_predictor
+
+    predictor = sam2_video_predictor.SAM2VideoPredictor(**model_arguments(load_config(UNTRAINED), SIZE)).eval()
+    predictor.load_state_dict(model.state_dict())
+    count = len(embeddings)
+    numbered = torch.arange(count).float()[:, None, None, None].expand(-1, 3, SIZE, SIZE)
+    monkeypatch.setattr(sam2_video_predictor, "load_video_frames", lambda **_: (numbered, SIZE, SIZE))
+
+    def features(image):
+        index = int(image[0, 0, 0, 0])
+        maps = [m[None] for m in (*embeddings.high(index), embeddings.top(index))]
+        encode = predictor.image_encoder.neck.position_encoding
+        return {"backbone_fpn": maps, "vision_pos_enc": [encode(m) for m in maps]}
+
+    monkeypatch.setattr(predictor, "forward_image", features)
+    attention = predictor.memory_attention.forward
+    # Where no object pointer is in reach, the predictor hands its bfloat16 memories to float32 layers and fails.
+    monkeypatch.setattr(
+        predictor.memory_attention, "forward", lambda **given: attention(**{**given, "memory": given["memory"].float()})
+    )
+    state = predictor.init_state("unused")
+    for t, masks_kss in prompts.items():
+        for k, mask in enumerate(masks_kss):
+            if mask.any():
+                predictor.add_new_mask(state, t, k, torch.from_numpy(mask))
+    first = max(prompts) if reverse else min(prompts)
+    steps = predictor.propagate_in_video(state, start_frame_idx=first, reverse=reverse)
+    return {t: torch.stack([logits[ids.index(k)][0] for k in sorted(ids)]) for t, ids, logits in steps}
+
+
+SCENES = {
+    "one object, one prompt": {2: masks((8, 8, 40, 30))},
+    "two objects on the same frames": {
+        3: masks((8, 8, 40, 30), (40, 36, 60, 60)),
+        4: masks((10, 8, 42, 30), (38, 36, 58, 60)),
+    },
+    "three objects, each on its own frames": {
+        2: masks((8, 8, 40, 30), None, (2, 50, 20, 62)),
+        3: masks((8, 9, 40, 33), (40, 36, 60, 60), None),
+        5: masks((12, 9, 40, 33), (42, 36, 60, 60), None),
+    },
+}
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("scene", SCENES)
+def test_propagation_answers_as_sam2s_own_video_predictor(model, backend, embeddings, monkeypatch, scene, reverse):
+    prompts = SCENES[scene]
+    video = [(embeddings, i) for i in range(len(embeddings))]
+    answers = backend.propagate(video, prompts, reverse=reverse)
+    expected = stock_walk(model, monkeypatch, embeddings, prompts, reverse=reverse)
+    walked = range(max(prompts), -1, -1) if reverse else range(min(prompts), len(video))
+    assert [a.frame for a in answers] == [t for t in walked if t not in prompts]
+    for answer in answers:
+        torch.testing.assert_close(answer.logits_kss, expected[answer.frame], rtol=1e-4, atol=1e-3)
+    spread = torch.stack([a.logits_kss for a in answers]).std(dim=0).mean()
+    assert spread > 0.05, "the scene must move, or the comparison says nothing"
+
+
+def test_a_long_walk_forgets_only_what_attention_cannot_read(model, monkeypatch, backend, images):
+    many = np.concatenate([images, images[::-1], images])
+    embeddings = backend.embed(Frames.from_images(many))
+    prompts = {0: masks((8, 8, 40, 30))}
+    answers = backend.propagate([(embeddings, i) for i in range(len(many))], prompts)
+    expected = stock_walk(model, monkeypatch, embeddings, prompts, reverse=False)
+    assert len(answers) == 26
+    torch.testing.assert_close(answers[-1].logits_kss, expected[26], rtol=1e-4, atol=1e-3)
+
+
+def test_kept_prompt_memories_change_nothing(model, embeddings):
+    prompts = SCENES["three objects, each on its own frames"]
+    video = [(embeddings, i) for i in range(len(embeddings))]
+    fresh, used = make_backend(model), make_backend(model)
+    used.propagate(video, prompts, reverse=True)
+    for a, b in zip(fresh.propagate(video, prompts), used.propagate(video, prompts), strict=True):
+        assert torch.equal(a.logits_kss, b.logits_kss)
+
+
+def test_an_object_without_any_prompt_is_nowhere(backend, embeddings):
+    video = [(embeddings, i) for i in range(3)]
+    answers = backend.propagate(video, {0: masks((8, 8, 40, 30), None)})
+    assert len(answers) == 2
+    assert all((a.logits_kss[1] < -1000).all() and a.iou_k[1] == 0 for a in answers)
+    assert backend.propagate(video, {0: masks(None, None)}) == []
+
+
+def test_embeddings_are_those_of_the_stock_encoder(model, backend, embeddings, images):
+    normalised = (images[3] - np.array(([[0.485]], [[0.456]], [[0.406]]))) / np.array(([[0.229]], [[0.224]], [[0.225]]))
+    with torch.no_grad():
+        maps = model.forward_image(torch.from_numpy(normalised[None]).float())["backbone_fpn"]
+    for mine, stock in zip((*embeddings.high(3), embeddings.top(3)), maps, strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, stock[0], rtol=2e-3, atol=2e-3)
+
+
+def test_the_decoder_answers_as_sam2s_own_image_predictor(model, backend, embeddings):
+    predictor_module = pytest.importorskip("sam2.sam2_image_predictor")
+    predictor = predictor_module.SAM2ImagePredictor(model)
+    top = embeddings.top(2)[None] + model.no_mem_embed.reshape(1, -1, 1, 1)
+    predictor._features = {"image_embed": top, "high_res_feats": [m[None] for m in embeddings.high(2)]}
+    predictor._orig_hw, predictor._is_image_set = [(SIZE, SIZE)], True
+    boxes = np.array([[5.0, 6.0, 40.0, 50.0], [20.0, 10.0, 60.0, 30.0]], np.float32)
+    points = [(np.array([[20.0, 20.0], [50.0, 50.0]]), np.array([True, False])), (np.array([[30.0, 20.0]]), [True])]
+    for k in range(2):
+        xy, positive = points[k]
+        stock, iou, low_res = predictor.predict(
+            point_coords=xy,
+            point_labels=np.asarray(positive, int),
+            box=boxes[k],
+            multimask_output=False,
+            return_logits=True,
+        )
+        mine = backend.decode(embeddings, 2, boxes_k4=boxes[k : k + 1], points=points[k : k + 1])
+        assert mine.logits_kss[0].numpy() == pytest.approx(stock[0], abs=1e-4)
+        assert float(mine.iou_k[0]) == pytest.approx(float(iou[0]), abs=1e-5)
+        assert mine.low_res_logits_khw[0].clamp(-32, 32).numpy() == pytest.approx(low_res[0], abs=1e-4)
+
+
+def test_prompts_in_one_call_are_answered_as_one_by_one(backend, embeddings):
+    boxes = np.array([[5.0, 6.0, 40.0, 50.0], [20.0, 10.0, 60.0, 30.0]], np.float32)
+    together = backend.decode(embeddings, 1, boxes_k4=boxes)
+    again = backend.decode(embeddings, 1, boxes_k4=boxes, mask_logits_khw=together.low_res_logits_khw)
+    for k in range(2):
+        one = backend.decode(embeddings, 1, boxes_k4=boxes[k : k + 1])
+        torch.testing.assert_close(together.logits_kss[k], one.logits_kss[0], rtol=1e-4, atol=1e-4)
+    assert together.logits_kss.shape == (2, SIZE, SIZE)
+    assert together.low_res_logits_khw.shape == (2, SIZE // 4, SIZE // 4)
+    assert not torch.equal(again.logits_kss, together.logits_kss)
+    assert bool(((together.iou_k >= 0) & (together.iou_k <= 1)).all())
+    with pytest.raises(ValueError, match="prompts"):
+        backend.decode(embeddings, 1)
+
+
+def test_a_caller_finds_threads_precision_and_gradients_as_they_were(model, images):
+    backend = MetaSam2Backend(
+        model=model,
+        spec=make_backend(model, precision="bfloat16").spec,
+        device=torch.device("cpu"),
+        cache=EmbeddingCache(None),
+        threads=3,
+    )
+    before = (torch.get_num_threads(), torch.is_autocast_enabled("cpu"), torch.is_grad_enabled())
+    embeddings = backend.embed(Frames.from_images(images[:3]))
+    for _ in backend.walk([(embeddings, i) for i in range(3)], {0: masks((8, 8, 40, 30))}):
+        assert (torch.get_num_threads(), torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()) == before
+    assert (torch.get_num_threads(), torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()) == before
+
+
+class Counting:
+    """Count how often a model encodes."""
+
+    def __init__(self, model, monkeypatch):
+        self.images = 0
+        forward = model.forward_image
+
+        def counted(images):
+            self.images += len(images)
+            return forward(images)
+
+        monkeypatch.setattr(model, "forward_image", counted)
+
+
+def same(a, b):
+    return all(
+        torch.equal(x, y)
+        for i in range(len(a))
+        for x, y in zip((a.top(i), *a.high(i)), (b.top(i), *b.high(i)), strict=True)
+    )
+
+
+def test_each_slice_is_encoded_once_and_read_back_bit_for_bit(tmp_path, model, images, monkeypatch):
+    counting = Counting(model, monkeypatch)
+    frames = Frames.from_images(images[:3])
+    first = make_backend(model, EmbeddingCache(tmp_path))
+    fresh = first.embed(frames)
+    assert counting.images == 3
+    assert same(fresh, first.embed(frames))
+    later = make_backend(model, EmbeddingCache(tmp_path)).embed(frames)
+    assert counting.images == 3
+    assert len(later) == 3
+    assert later.key == fresh.key
+    assert same(fresh, later)
+
+
+@pytest.mark.parametrize("changes", [{"checkpoint_hash": "1"}, {"precision": "bfloat16"}, {"config": "other"}])
+def test_another_model_does_not_find_the_embeddings(tmp_path, model, images, monkeypatch, changes):
+    counting = Counting(model, monkeypatch)
+    frames = Frames.from_images(images[:1])
+    make_backend(model, EmbeddingCache(tmp_path)).embed(frames)
+    make_backend(model, EmbeddingCache(tmp_path), **changes).embed(frames)
+    assert counting.images == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "other key"])
+def test_a_damaged_cache_file_is_encoded_anew(tmp_path, model, images, monkeypatch, damage):
+    counting = Counting(model, monkeypatch)
+    frames = Frames.from_images(images[:2])
+    fresh = make_backend(model, EmbeddingCache(tmp_path)).embed(frames)
+    (path,) = tmp_path.glob("*/*.safetensors")
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        del content[-100:]
+    elif damage == "flipped":
+        content[-100] ^= 255
+    path.write_bytes(content)
+    if damage == "other key":
+        other = make_backend(model, EmbeddingCache(tmp_path), checkpoint_hash="other")
+        wanted = other.embedding_key(frames)
+        (tmp_path / wanted[:2]).mkdir(exist_ok=True)
+        path.replace(tmp_path / wanted[:2] / f"{wanted}.safetensors")
+        other.embed(frames)
+    else:
+        assert same(fresh, make_backend(model, EmbeddingCache(tmp_path)).embed(frames))
+    assert counting.images == 4
+
+
+def test_cache_files_are_the_same_bytes_every_time(tmp_path, model, images):
+    frames = Frames.from_images(images[:2])
+    contents = []
+    for folder in ("a", "b"):
+        make_backend(model, EmbeddingCache(tmp_path / folder)).embed(frames)
+        (path,) = (tmp_path / folder).glob("*/*.safetensors")
+        contents.append(path.read_bytes())
+    assert contents[0] == contents[1]
+
+
+def maps(value, frames=1):
+    return {name: torch.full((frames, 1, 256, 256), float(value)) for name in TENSORS}
+
+
+def test_memory_is_bounded_and_what_left_it_is_read_from_disk(tmp_path):
+    cache = EmbeddingCache(tmp_path, memory_mb=1)
+    kept = [cache.put(f"{n:02d}", maps(n)) for n in range(4)]  # 0.4 MB each
+    assert sum(k.memory_bytes for k in kept) <= 2**20
+    assert [float(k.top(0)[0, 0, 0]) for k in kept] == [0, 1, 2, 3]
+
+
+def test_without_a_folder_the_caller_keeps_what_the_cache_forgets():
+    cache = EmbeddingCache(None, memory_mb=1)
+    kept = [cache.put(f"{n:02d}", maps(n)) for n in range(4)]
+    assert cache.get("00") is None
+    assert cache.get("03") is kept[3]
+    assert float(kept[0].top(0)[0, 0, 0]) == 0
+
+
+def test_the_folder_is_bounded_and_loses_what_was_not_used_for_longest(tmp_path):
+    cache = EmbeddingCache(tmp_path, disk_gb=1.3 / 1024)
+    for n in range(3):
+        cache.put(f"{n:02d}", maps(n))
+        os.utime(tmp_path / f"{n:02d}" / f"{n:02d}.safetensors", (1000 + n, 1000 + n))
+    cache.get("00")
+    cache.put("03", maps(3))
+    assert sorted(p.stem for p in tmp_path.glob("*/*.safetensors")) == ["00", "02", "03"]
+
+
+def test_values_beyond_float16_survive_the_cache():
+    stored = EmbeddingCache(None).put("k", maps(1e6))
+    assert float(stored.top(0)[0, 0, 0]) == pytest.approx(1e6, rel=1e-2)
+
+
+def test_real_image_weights_segment_a_bright_disc_from_its_box(tmp_path):
+    if not IMAGE_WEIGHTS.is_file():
+        pytest.skip(f"{IMAGE_WEIGHTS} is absent; set NNUNET_SAM2_WEIGHTS")
+    size = 256
+    y, x = np.mgrid[:size, :size]
+    disc = (y - 120) ** 2 + (x - 140) ** 2 < 50**2
+    noise = np.random.default_rng(0).normal(0, 0.03, disc.shape)
+    image = np.clip(0.3 + 0.4 * disc + noise, 0, 1).astype(np.float32)
+    frames = Frames.from_images(np.broadcast_to(image, (1, 3, size, size)))
+    backend = load_backend(str(IMAGE_WEIGHTS), device="cpu", image_size=size, cache_dir=tmp_path)
+    assert backend.spec.config == "sam2_hiera_tiny"
+    assert not backend.spec.has_memory
+    decoded = backend.decode(backend.embed(frames), 0, boxes_k4=np.array([[88.0, 68.0, 192.0, 172.0]]))
+    found = decoded.logits_kss[0].numpy() > 0
+    assert 2 * (found & disc).sum() / (found.sum() + disc.sum()) > 0.95
+    if default_precision(torch.device("cpu")) == "bfloat16":
+        exact = load_backend(str(IMAGE_WEIGHTS), device="cpu", image_size=size, precision="float32").embed(frames)
+        cosine = torch.cosine_similarity(exact.top(0), backend.embed(frames).top(0), dim=0)
+        assert float(cosine.mean()) > 0.999
