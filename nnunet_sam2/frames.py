@@ -149,6 +149,10 @@ class Frames:
             raise ValueError(f"array has shape {array_zyx.shape}, the volume {self.geometry.shape_zyx}")
         return np.moveaxis(array_zyx, self.slice_axis, 0)
 
+    def slices_back(self, array_knhw: np.ndarray) -> np.ndarray:
+        """Turn maps on the slices, (K, N, H, W), into the volume's axis order, (K, Z, Y, X): undoes `slices_first`."""
+        return np.ascontiguousarray(np.moveaxis(array_knhw, 1, self.slice_axis + 1))
+
     def masks_to_model(self, mask_zyx: np.ndarray) -> np.ndarray:
         """Resize a mask on the volume's grid to (N, S, S) bool; see `vanished_slices` for what gets lost."""
         mask_nhw = self.slices_first(np.asarray(mask_zyx, dtype=bool))
@@ -211,7 +215,7 @@ class Frames:
             out_knhw[:, count - 1] = resize(plane_khw, self.slice_shape_hw)
         if out_knhw is None or count != len(self):
             raise ValueError(f"the volume has {len(self)} frames, maps came for {count}")
-        return np.ascontiguousarray(np.moveaxis(out_knhw, 1, self.slice_axis + 1))
+        return self.slices_back(out_knhw)
 
     def _windowed(self, channel: int, index: int) -> np.ndarray:
         low, high = self.windows[channel]

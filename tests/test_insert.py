@@ -1,0 +1,230 @@
+"""The strategy `insert`, on a real SAM 2 with its memory."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.frames import Frames
+from nnunet_sam2.geometry import Geometry
+from nnunet_sam2.labelling.fusion import fuse
+from nnunet_sam2.labelling.insert import Insert, InsertOptions, spread, spread_peaks
+from nnunet_sam2.labelling.strategy import Query, Support
+from nnunet_sam2.sam2.backend import load_backend
+
+SIZE = 64
+SHAPE = (6, 20, 24)
+CLASSES = (1, 3)
+
+
+@pytest.fixture(scope="module")
+def backend():
+    return Recording(load_backend("untrained", device="cpu", image_size=SIZE))
+
+
+class Recording:
+    """Pass everything on to a real back end and keep what it was asked to walk through."""
+
+    def __init__(self, backend):
+        self._backend = backend
+        self.walks = []
+
+    def __getattr__(self, name):
+        return getattr(self._backend, name)
+
+    def walk(self, video, masks_kss, *, reverse=False):
+        self.walks.append((list(video), dict(masks_kss)))
+        return self._backend.walk(video, masks_kss, reverse=reverse)
+
+
+def volume(seed, slice_axis=0):
+    array = np.random.default_rng(seed).normal(0, 1, (1, *SHAPE)).astype(np.float32)
+    return SimpleNamespace(array_czyx=np.moveaxis(array, 1, slice_axis + 1))
+
+
+def make_case(backend, seed, *, slice_axis=0):
+    array = volume(seed, slice_axis).array_czyx
+    geometry = Geometry(shape_zyx=array.shape[1:])
+    frames = Frames.from_volume(SimpleNamespace(array_czyx=array, geometry=geometry), size=SIZE, slice_axis=slice_axis)
+    return {"case_id": f"case_{seed}", "frames": frames, "embeddings": backend.embed(frames), "geometry": geometry}
+
+
+def label(slices=(1, 2, 3), classes=CLASSES):
+    out = np.zeros(SHAPE, np.uint8)
+    for value in classes:
+        out[list(slices), 4 + value : 12 + value, 5:15] = value
+    return out
+
+
+@pytest.fixture
+def query(backend):
+    backend.walks.clear()
+    return Query(**make_case(backend, 0))
+
+
+@pytest.fixture(scope="module")
+def support(backend):
+    return Support(**make_case(backend, 1), label_zyx=label())
+
+
+def run(backend, query, cases, classes=CLASSES, seed=0, **options):
+    strategy = Insert(InsertOptions(**options))
+    return list(strategy.members(query, cases, classes, backend, np.random.default_rng(seed)))
+
+
+def test_each_support_and_insertion_gives_one_member_on_the_querys_grid(backend, query, support):
+    second = Support(**make_case(backend, 2), label_zyx=label((0, 1)))
+    members = run(backend, query, [support, second], insertions=2)
+    assert [(m.record["support"], m.record["insertion"]) for m in members] == [
+        ("case_1", 0),
+        ("case_1", 1),
+        ("case_2", 0),
+        ("case_2", 1),
+    ]
+    for member in members:
+        assert member.prob_kzyx.shape == (2, *SHAPE)
+        assert member.prob_kzyx.dtype == np.float32
+        assert 0 <= member.prob_kzyx.min() <= member.prob_kzyx.max() <= 1
+    assert fuse(members, CLASSES).label_zyx.shape == SHAPE
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_every_query_slice_is_visited_once_or_once_in_each_direction(backend, query, support, both):
+    run(backend, query, [support], insertions=1, both_directions=both, classes=(1,))
+    visits = [n for video, masks in backend.walks for t, (e, n) in enumerate(video) if t not in masks]
+    assert sorted(visits) == sorted(list(range(SHAPE[0])) * (2 if both else 1))
+    for video, masks in backend.walks:
+        slices = [n for e, n in video if e is query.embeddings]
+        inserted = [n for e, n in video if e is support.embeddings]
+        rising = slices == sorted(slices)
+        assert inserted == ([1, 2, 3] if rising else [3, 2, 1])
+        assert sorted(masks) == [0, 1, 2]
+
+
+def test_no_empty_prompt_is_sent(backend, query):
+    late = label((4,))
+    late[2] = label((2,), classes=(3,))[2]
+    support = Support(**make_case(backend, 1), label_zyx=late)
+    run(backend, query, [support], insertions=2)
+    assert backend.walks
+    assert all(mask.any(axis=(1, 2)).all() for _, masks in backend.walks for mask in masks.values())
+
+
+def test_the_member_is_the_mean_of_sam2s_passes(backend, query, support):
+    (member,) = run(backend, query, [support], insertions=1, positions="random", classes=(1,), seed=3)
+    position = member.record["classes"]["1"]["position"]
+    masks = support.frames.masks_to_model(support.label_zyx == 1)
+    inserted = [(support.embeddings, m) for m in (1, 2, 3)]
+    whole = [(query.embeddings, n) for n in range(SHAPE[0])]
+    # The slow twin: the videos as a reader would lay them out, walked in both of SAM 2's directions.
+    video = whole[:position] + inserted + whole[position:]
+    prompts = {position + i: masks[m][None] for i, m in enumerate((1, 2, 3))}
+    found = {n: [] for n in range(SHAPE[0])}
+    for reverse in (False, True):
+        for answer in backend.propagate(video, prompts, reverse=reverse):
+            n = answer.frame if answer.frame < position else answer.frame - 3
+            found[n].append(torch.sigmoid(answer.logits_kss[0]))
+    first = inserted + whole[:position]
+    for answer in backend.propagate(first, {i: masks[m][None] for i, m in enumerate((1, 2, 3))}):
+        found[answer.frame - 3].append(torch.sigmoid(answer.logits_kss[0]))
+    last = whole[position:] + inserted
+    at = len(whole) - position
+    for answer in backend.propagate(last, {at + i: masks[m][None] for i, m in enumerate((1, 2, 3))}, reverse=True):
+        found[position + answer.frame].append(torch.sigmoid(answer.logits_kss[0]))
+    assert all(len(passes) == 2 for passes in found.values())
+    expected = query.frames.to_volume(torch.stack(passes).mean(dim=0)[None] for passes in found.values())
+    np.testing.assert_allclose(member.prob_kzyx, expected, atol=1e-5)
+
+
+def test_the_same_generator_gives_the_same_members(backend, query, support):
+    first = run(backend, query, [support], positions="random", seed=1, insertions=2)
+    again = run(backend, query, [support], positions="random", seed=1, insertions=2)
+    for a, b in zip(first, again, strict=True):
+        assert np.array_equal(a.prob_kzyx, b.prob_kzyx)
+        assert a.record == b.record
+    others = [run(backend, query, [support], positions="random", seed=s, insertions=2) for s in (2, 3, 4)]
+    assert any(o[0].record != first[0].record for o in others)
+
+
+def test_matched_positions_find_the_slice_that_was_copied_into_the_query(backend, support):
+    case = make_case(backend, 0)
+    array = volume(0).array_czyx.copy()
+    array[:, 4] = volume(1).array_czyx[:, 2]
+    frames = Frames.from_volume(SimpleNamespace(array_czyx=array, geometry=case["geometry"]), size=SIZE, slice_axis=0)
+    query = Query(**{**case, "frames": frames, "embeddings": backend.embed(frames)})
+    (member,) = run(backend, query, [support], insertions=1)
+    assert member.record["classes"]["1"]["position"] == 4
+
+
+def test_a_class_that_a_support_does_not_show_comes_from_one_that_does(backend, query, support):
+    without = Support(**make_case(backend, 2), label_zyx=label(classes=(1,)))
+    first, second = run(backend, query, [without, support], insertions=1)
+    assert first.record["classes"]["1"]["support"] == "case_2"
+    assert first.record["classes"]["3"]["support"] == "case_1"
+    assert second.record["classes"]["3"]["support"] == "case_1"
+    assert first.prob_kzyx[1].any()
+
+
+def test_a_class_that_no_support_shows_is_nowhere_and_said_to_be(backend, query, support):
+    (member,) = run(backend, query, [support], classes=(1, 2), insertions=1)
+    assert not member.prob_kzyx[1].any()
+    assert member.record["classes"]["2"] == {"absent_in_all_supports": True}
+
+
+def test_supports_that_show_nothing_are_refused_by_name(backend, query):
+    empty = Support(**make_case(backend, 5), label_zyx=np.zeros(SHAPE, np.uint8))
+    with pytest.raises(InputError, match="case_5"):
+        run(backend, query, [empty])
+
+
+def test_a_mask_that_vanishes_at_model_size_is_reported(backend):
+    shape = (3, 300, 300)
+    array = np.random.default_rng(7).normal(size=(1, *shape)).astype(np.float32)
+    geometry = Geometry(shape_zyx=shape)
+    frames = Frames.from_volume(SimpleNamespace(array_czyx=array, geometry=geometry), size=SIZE)
+    case = {"case_id": "small", "frames": frames, "embeddings": backend.embed(frames), "geometry": geometry}
+    mask = np.zeros(shape, np.uint8)
+    mask[0, 100:200, 100:200] = 1
+    mask[2, 50, 50] = 1
+    (member,) = run(backend, Query(**case), [Support(**case, label_zyx=mask)], classes=(1,), insertions=1)
+    assert member.record["classes"]["1"]["vanished_slices"] == [2]
+    assert member.record["classes"]["1"]["prompted_slices"] == [0]
+
+
+def test_slices_with_ignored_voxels_prompt_nothing_while_others_can(backend, query):
+    marked = label()
+    marked[2, 0, 0] = 9
+    support = Support(**make_case(backend, 1), label_zyx=marked, ignore_value=9)
+    (member,) = run(backend, query, [support], insertions=1)
+    assert member.record["classes"]["1"]["prompted_slices"] == [1, 3]
+
+
+def test_another_slice_axis_comes_back_on_the_querys_own_grid(backend, support):
+    query = Query(**make_case(backend, 0, slice_axis=2))
+    (member,) = run(backend, query, [support], insertions=1)
+    assert member.prob_kzyx.shape == (2, *query.geometry.shape_zyx)
+
+
+def test_the_most_similar_supports_are_taken_first(backend, query, support):
+    same = Support(**{**make_case(backend, 0), "case_id": "twin"}, label_zyx=label())
+    members = run(backend, query, [support, same], supports=1, insertions=1)
+    assert [m.record["support"] for m in members] == ["twin"]
+
+
+def test_slices_are_spread_and_peaks_keep_their_distance():
+    assert spread(np.arange(10, 21), 3) == [10, 15, 20]
+    assert spread(np.arange(4), 8) == [0, 1, 2, 3]
+    assert spread(np.arange(5), 1) == [2]
+    score = np.array([0.0, 0.9, 1.0, 0.9, 0.0, 0.1, 0.8, 0.1])
+    assert spread_peaks(score, 2) == [2, 6]
+    assert sorted(spread_peaks(score, 8)) == list(range(8))
+
+
+@pytest.mark.parametrize("options", [{"positions": "here"}, {"insertions": 0}, {"prompted_slices": 0}])
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        InsertOptions(**options)
