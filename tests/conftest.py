@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from nnunet_data import NnunetRoots, make_tiny_nnunet
 
+from nnunet_sam2.cohort.cohort import HIDDEN_LABELS
 from nnunet_sam2.cohort.convert import ConvertOptions, convert
 from nnunet_sam2.cohort.generated import write_generated_cohort
 from nnunet_sam2.folders import VARIABLES, DatasetFolders, new_dataset_folders
+
+pytest_plugins = ["anisotropic_data"]
 
 PROJECT = Path(__file__).resolve().parent.parent
 TINY_SHAPE_ZYX = (12, 40, 40)
@@ -42,6 +46,14 @@ def tiny_dataset(generated_folder: Path, nnunet_environment: Path) -> DatasetFol
     folders = new_dataset_folders(TINY_ID, TINY_NAME)
     convert(generated_folder, folders, ConvertOptions())
     return folders
+
+
+@pytest.fixture(scope="session")
+def tiny_nnunet(
+    generated_folder: Path, tiny_dataset: DatasetFolders, tmp_path_factory: pytest.TempPathFactory
+) -> NnunetRoots:
+    """``tiny_dataset`` planned and preprocessed by nnU-Net, in roots of its own (`NnunetRoots.copy_to` to write)."""
+    return make_tiny_nnunet(tmp_path_factory.mktemp("planned"), tiny_dataset, generated_folder / HIDDEN_LABELS)
 
 
 @pytest.fixture

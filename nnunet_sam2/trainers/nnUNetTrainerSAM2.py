@@ -155,7 +155,8 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
         data = batch["data"]
         if data.shape[1] == self.num_input_channels:
             return super().train_step(batch)
-        confidence = 1 - data[:, -1:].to(self.device, non_blocking=True)
+        distrust = data[:, -1:].to(self.device, non_blocking=True)
+        confidence = (1 - distrust).clamp_(0, 1)  # interpolation overshoots by a rounding error
         with self.loss.weighted_by(confidence):
             return super().train_step({**batch, "data": data[:, :-1]})
 
