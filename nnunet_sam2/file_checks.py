@@ -7,7 +7,6 @@ every reader that stops before the checksum. So files are checked here, byte for
 from __future__ import annotations
 
 import gzip
-import io
 import zlib
 from pathlib import Path
 
@@ -141,7 +140,7 @@ def _nifti_header(path: Path, start: bytes):  # type: ignore[no-untyped-def]  # 
 
     for kind in (nibabel.Nifti1Header, nibabel.Nifti2Header):
         try:
-            header = kind.from_fileobj(io.BytesIO(start), check=False)
+            header = kind(start[: kind.sizeof_hdr], check=False)
         except Exception:  # nibabel raises many kinds for bytes that are no header
             continue
         if int(header["sizeof_hdr"]) == kind.sizeof_hdr and 1 <= int(header["dim"][0]) <= 7:

@@ -239,6 +239,8 @@ def _write(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     channels = array if array.ndim == 4 else array[None]
     if picture and channels.shape[1] != 1:
         raise ValueError(f"{path}: a picture takes one slice, got {channels.shape[1]}")
+    if not np.isfinite(channels).all():
+        raise ValueError(f"{path}: NaN and infinite values are not written")
     problem: str | None = None
     with atomic_path(path) as temporary:
         try:

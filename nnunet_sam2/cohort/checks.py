@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -38,6 +39,14 @@ class CheckedCase:
     """Whether each image file can be taken byte for byte."""
     copy_label: bool
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def label_file(self) -> Path:
+        """Return the file that the label values were read from."""
+        path = self.source.label or self.source.hidden_label
+        if path is None:
+            raise ValueError(f"case {self.case_id} has no label file")
+        return path
 
 
 def check_cases(
@@ -77,7 +86,7 @@ def check_duplicates(
         if here is not there:
             raise InputError(
                 f"{twin.source.images[0]} ({here.value}) and {case.source.images[0]} ({there.value}) hold the same "
-                "voxels; remove one, or testing would be on training images"
+                "voxels; remove one of them, an image has one role"
             )
         merged, gone = patients[twin.case_id], patients[case.case_id]
         patients = {case_id: merged if patient == gone else patient for case_id, patient in patients.items()}

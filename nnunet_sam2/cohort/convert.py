@@ -86,7 +86,7 @@ def convert(source: Path, folders: DatasetFolders, options: ConvertOptions) -> C
     table = _declared_table(found, options)
     checked = check_cases(cases, assignment.role_of, table, allow_empty=options.allow_empty)
     if table is None:
-        table = table_from_values(value for case in checked for value in case.label_values)
+        table = table_from_values({value: case.label_file for case in checked for value in case.label_values})
     patient_of = check_duplicates(checked, assignment.role_of, assignment.patient_of)
     channels = _channel_names(found, checked, options)
     for text in _advice(cases, checked, assignment, table, options):
@@ -175,7 +175,8 @@ def assign_roles(cases: dict[str, SourceCase], options: ConvertOptions) -> Assig
     test = {case_id for case_id, case in cases.items() if case.test}
     labelled = {case_id for case_id, case in cases.items() if case.label is not None and not case.test}
     if not labelled:
-        raise InputError("no labelled case: no image has a label file of the same name; put at least one into labels/")
+        some = next(iter(cases.values())).images[0]
+        raise InputError(f"no labelled case: {some} and all others have no label file; put at least one into labels/")
     if options.test_cases:
         partly = {patient_of[c] for c, case in cases.items() if not case.test and case.label is None}
         pool = {c: patient_of[c] for c in labelled if patient_of[c] not in partly}

@@ -117,17 +117,20 @@ def table_from_json(value: Any, where: str) -> tuple[dict[str, LabelValue], list
         raise InputError(f"{where}: the label table must hold whole numbers, got {key!r}: {entry!r}") from None
 
 
-def table_from_values(values: Iterable[int]) -> LabelTable:
-    """Make a table for files without a declared one: ``class_1`` and so on; values must be consecutive from 1."""
-    found = sorted(set(values) - {0})
+def table_from_values(file_of: Mapping[int, Path]) -> LabelTable:
+    """Make a table for files without a declared one: ``class_1`` and so on; values must be consecutive from 1.
+
+    ``file_of`` maps each value that was found to a file that holds it.
+    """
+    found = sorted(set(file_of) - {0})
     if not found:
         raise InputError("no label file holds any foreground; declare the classes with --labels NAME=VALUE,...")
     if found != list(range(1, len(found) + 1)):
         shown = ", ".join(str(v) for v in found[:8]) + (", ..." if len(found) > 8 else "")
         example = ",".join(f"name{i + 1}={v}" for i, v in enumerate(found[:3]))
         raise InputError(
-            f"the label files hold the values {shown}, not 1 to {len(found)}, and no table declares them; "
-            f"declare what they mean, and they will be renumbered: --labels {example}"
+            f"the label files hold the values {shown} (the last in {file_of[found[-1]]}), not 1 to {len(found)}, and "
+            f"no table declares them; declare what they mean, and they will be renumbered: --labels {example}"
         )
     return make_label_table({f"class_{value}": value for value in found})
 
