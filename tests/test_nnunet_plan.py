@@ -17,7 +17,7 @@ from nnunet_sam2.storage import file_hash, read_json, write_json
 from nnunet_sam2.volumes import read_label, write_label
 
 
-class CommandNeeded(Exception):
+class CommandNeededError(Exception):
     """Says which nnU-Net command would have run."""
 
 
@@ -25,7 +25,7 @@ def plan(dataset: Dataset, monkeypatch: pytest.MonkeyPatch, configuration: str =
     """Plan again, but report the command instead of running it."""
 
     def report(argv: list[str], **_: Any) -> None:
-        raise CommandNeeded(" ".join([Path(argv[0]).name, *argv[1:]]))
+        raise CommandNeededError(" ".join([Path(argv[0]).name, *argv[1:]]))
 
     monkeypatch.setattr(nnunet_plan, "run_logged", report)
     return plan_and_preprocess(dataset.folders, dataset.cohort, configuration, log=dataset.log)
@@ -56,10 +56,10 @@ def test_a_changed_label_is_planned_anew_even_if_its_file_is_older(
     planned: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_label(planned)
-    with pytest.raises(CommandNeeded, match="nnUNetv2_plan_and_preprocess .* --clean"):
+    with pytest.raises(CommandNeededError, match=r"nnUNetv2_plan_and_preprocess .* --clean"):
         plan(planned, monkeypatch)
     # killed there, the step is not taken for done
-    with pytest.raises(CommandNeeded, match="nnUNetv2_plan_and_preprocess .* --clean"):
+    with pytest.raises(CommandNeededError, match=r"nnUNetv2_plan_and_preprocess .* --clean"):
         plan(planned, monkeypatch)
 
 
@@ -85,13 +85,13 @@ def test_a_missing_preprocessed_file_is_made_again_with_the_same_plans(
     planned: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (planned.folders.preprocessed / "nnUNetPlans_3d_fullres" / "case_00_seg.b2nd").unlink()
-    with pytest.raises(CommandNeeded, match="nnUNetv2_preprocess .* -c 3d_fullres"):
+    with pytest.raises(CommandNeededError, match=r"nnUNetv2_preprocess .* -c 3d_fullres"):
         plan(planned, monkeypatch)
 
 
 def test_plans_of_the_users_own_are_kept(planned: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     (planned.folders.preprocessed / nnunet_plan.MARKER_FILE).unlink()
-    with pytest.raises(CommandNeeded, match="nnUNetv2_preprocess .* -plans_name nnUNetPlans"):
+    with pytest.raises(CommandNeededError, match=r"nnUNetv2_preprocess .* -plans_name nnUNetPlans"):
         plan(planned, monkeypatch)
 
 
