@@ -131,7 +131,7 @@ def test_a_loop_killed_in_every_stage_ends_with_the_same_labels_byte_for_byte(
     ended = _command(root, *RUN)
     assert ended.returncode == 0, ended.stderr[-4000:] + ended.stdout[-2000:]
     assert _label_hashes(root) == _label_hashes(finished)
-    leftovers = [p for p in root.rglob(f"*{TEMPORARY_MARK}*")]
+    leftovers = list(root.rglob(f"*{TEMPORARY_MARK}*"))
     assert not leftovers
 
 

@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 
 from nnunet_sam2.cohort.cohort import Case, Cohort
+from nnunet_sam2.labelling.components import single_component_classes
+from nnunet_sam2.labelling.fusion import FusionOptions, fuse_sources
 from nnunet_sam2.progress import track
 from nnunet_sam2.rounds.convergence import Change, class_change, summarise_change
 from nnunet_sam2.storage import write_json
+from nnunet_sam2.support.library import PROBABILITIES, read_probabilities
 from nnunet_sam2.volumes import read_label, write_label, write_map
 
 SAM2, STUDENT = "sam2", "student"
@@ -112,9 +115,9 @@ def fuse_cases(
     ``sam2`` and ``student`` hold label maps (and ``sam2/probabilities``); ``student_probabilities`` holds the
     student's probabilities, or what SAM 2 made of them when prompted with its predictions.
     """
-    from nnunet_sam2.labelling.fusion import fuse_sources
-
     values = cohort.class_values
+    human = [read_label(cohort.label_path(case))[0] for case in cohort.labelled]
+    options = FusionOptions(single_component_classes=single_component_classes(human, values))
     ending = cohort.file_ending
     quality: dict[str, dict[int, float]] = {SAM2: {v: sam2_quality.get(v, 0.5) for v in values}}
     if student is not None:
@@ -132,7 +135,7 @@ def fuse_cases(
     left_out: dict[str, str] = {}
     for case in track(cohort.unlabelled, what="fusing labels"):
         name = case.case_id
-        sources = {SAM2: read_probabilities(sam2 / "probabilities" / f"{name}.npz")}
+        sources = {SAM2: read_probabilities(sam2 / PROBABILITIES / f"{name}.npz")}
         if student_probabilities is not None:
             sources[STUDENT] = read_probabilities(student_probabilities / f"{name}.npz")
         fused = fuse_sources(sources, values, quality=quality, options=options)
@@ -157,12 +160,6 @@ def fuse_cases(
     )
     write_json(out / "round.json", result.to_json())
     return result
-
-
-def read_probabilities(path: Path) -> np.ndarray:
-    """Read ``prob_czyx`` of a case as float32, 0 to 1, the background first."""
-    with np.load(path, allow_pickle=False) as stored:
-        return stored["prob_czyx"].astype(np.float32) / np.float32(255)
 
 
 def mean_dice_by_class(

@@ -8,14 +8,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nnunet_sam2.cohort.cohort import Case, Cohort
+from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.labelling.labeller import label_cases, label_files
+from nnunet_sam2.labelling.leave_one_out import estimated_quality
+from nnunet_sam2.labelling.registry import make_strategy
 from nnunet_sam2.progress import say
 from nnunet_sam2.rounds import nnunet
 from nnunet_sam2.rounds.ledger import Ledger, StageResult
 from nnunet_sam2.rounds.options import RunOptions
-from nnunet_sam2.rounds.pseudo_labels import Fused, fuse_cases, mean_dice_by_class
+from nnunet_sam2.rounds.pseudo_labels import Fused, fuse_cases
 from nnunet_sam2.storage import file_hash, read_json
 from nnunet_sam2.trainers.settings import RoundSettings
 
@@ -103,7 +106,7 @@ class Stages:
         unlabelled = [c.case_id for c in self.cohort.unlabelled]
 
         def label() -> StageResult:
-            files = self._label(unlabelled, self._support_ids, self.options.strategy, out / "unlabelled")
+            _, files = self._label(unlabelled, self._support_ids, self.options.strategy, out / "unlabelled")
             return StageResult(files=files, info={"sam2": self._backend.spec.origin, "cases": len(unlabelled)})
 
         labelled = self.ledger.run_stage(
@@ -114,11 +117,12 @@ class Stages:
         )
 
         def check() -> StageResult:
-            checkable = [c for c in self.cohort.labelled if set(self._support_ids) - {c.case_id}]
-            files = self._label(
-                [c.case_id for c in checkable], self._support_ids, self.options.strategy, out / "labelled"
+            checkable = [c.case_id for c in self.cohort.labelled if set(self._support_ids) - {c.case_id}]
+            records, files = self._label(
+                checkable, self._support_ids, self.options.strategy, out / "labelled"
             )
-            return StageResult(files=files, info={"dice": self._dice_on_human_labels(checkable, out / "labelled")})
+            quality = estimated_quality(records, self.cohort.class_values)
+            return StageResult(files=files, info={"dice": {str(v): d for v, d in quality.items() if d is not None}})
 
         checked = self.ledger.run_stage(
             "setup/sam2_quality", inputs, check, what="SAM 2 labels the labelled cases too, each from the others"
@@ -143,7 +147,7 @@ class Stages:
         inputs = {"student": student.digest, "sam2": self._sam2_identity, "image_size": self.options.image_size}
 
         def work() -> StageResult:
-            files = self._label(
+            _, files = self._label(
                 [c.case_id for c in self.cohort.unlabelled],
                 self._validation_ids,
                 "prompted",
@@ -331,12 +335,9 @@ class Stages:
         out: Path,
         *,
         student_probabilities: Path | None = None,
-    ) -> tuple[Path, ...]:
-        from nnunet_sam2.labelling.labeller import label_cases
-        from nnunet_sam2.labelling.registry import make_strategy
-
+    ) -> tuple[list[dict[str, Any]], tuple[Path, ...]]:
         settings = self.options.strategy_options if strategy == self.options.strategy else {}
-        label_cases(
+        records = label_cases(
             cohort=self.cohort,
             case_ids=case_ids,
             support_ids=support_ids,
@@ -348,12 +349,8 @@ class Stages:
             student_probabilities=student_probabilities,
         )
         ending = self.cohort.file_ending
-        return tuple(
-            path
-            for case_id in case_ids
-            for path in (out / f"{case_id}{ending}", out / "confidence" / f"{case_id}{ending}",
-                         out / "members" / f"{case_id}.json", out / "probabilities" / f"{case_id}.npz")
-        )
+        files = tuple(path for case_id in case_ids for path in label_files(out, case_id, ending, probabilities=True))
+        return records, files
 
     @cached_property
     def _backend(self) -> Any:
@@ -434,9 +431,6 @@ class Stages:
             labelled = len(self.cohort.labelled)
             way_out = f"choose one of 0 to {folds - 1}, or -f all" if folds else "give -f all: no validation"
             raise InputError(f"-f {self._fold}: {labelled} labelled cases give {folds} folds; {way_out}")
-
-    def _dice_on_human_labels(self, cases: Sequence[Case], folder: Path) -> dict[str, float]:
-        return {str(v): d for v, d in mean_dice_by_class(self.cohort, cases, folder).items()}
 
     def _quality_by_value(self, student: Student) -> dict[int, float]:
         """Give each label value the validation Dice of its class, or the mean of the regions that hold it."""
