@@ -43,8 +43,9 @@ class ModelConfig:
     version: str
     """"2.0" or "2.1": the latter gives object pointers a place in time and empty frames an embedding of their own."""
     image_size: int
-    """Side of the square that images are resized to by default; see docs for the native one."""
+    """Side of the square that images are resized to by default."""
     native_size: int
+    """Side at which the released weights were trained: four times the work of half of it, and more in the memory."""
     trunk: TrunkConfig
     d_model: int
     mem_dim: int
@@ -56,6 +57,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.version not in ("2.0", "2.1"):
             raise ValueError(f"SAM 2 version must be 2.0 or 2.1, got {self.version}")
+        if len(self.trunk.stages) not in (3, 4):
+            raise ValueError(f"a trunk has 3 or 4 stages, got {len(self.trunk.stages)}")
         check_image_size(self.image_size)
 
 

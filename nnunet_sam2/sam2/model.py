@@ -45,10 +45,12 @@ def model_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
     grid = (image_size // 16, image_size // 16)
     trunk = config.trunk
     image_encoder = ImageEncoder(
-        scalp=1,
+        # Three levels reach the decoder; a coarser one only feeds the third from above.
+        scalp=len(trunk.stages) - 3,
         trunk=Hiera(
             embed_dim=trunk.embed_dim,
             num_heads=trunk.num_heads,
+            q_pool=len(trunk.stages) - 1,
             stages=trunk.stages,
             global_att_blocks=trunk.global_att_blocks,
             window_pos_embed_bkg_spatial_size=trunk.window_pos_embed_bkg_spatial_size,
