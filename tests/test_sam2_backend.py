@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -21,9 +22,12 @@ WEIGHTS = Path(os.environ.get("NNUNET_SAM2_WEIGHTS", Path(__file__).parents[2] /
 IMAGE_WEIGHTS = WEIGHTS / "sam2_hiera_tiny_image.safetensors"
 
 
-def lively_model():
+CONFIG = load_config(UNTRAINED)
+
+
+def lively_model(config=CONFIG):
     """Return a small SAM 2 whose random weights are strong enough for masks, scores and memory to vary."""
-    model = build_untrained(load_config(UNTRAINED), SIZE)
+    model = build_untrained(config, SIZE)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and "norm" not in name:
@@ -78,11 +82,11 @@ def masks(*boxes):
     return out
 
 
-def stock_walk(model, monkeypatch, embeddings, prompts, *, reverse):
+def stock_walk(model, monkeypatch, embeddings, prompts, *, reverse, config=CONFIG):
     """Let sam2's own video predictor walk over the same features: {frame: logits (K, S, S)}."""
     from sam2 import sam2_video_predictor
 
-    predictor = sam2_video_predictor.SAM2VideoPredictor(**model_arguments(load_config(UNTRAINED), SIZE)).eval()
+    predictor = sam2_video_predictor.SAM2VideoPredictor(**model_arguments(config, SIZE)).eval()
     predictor.load_state_dict(model.state_dict())
     count = len(embeddings)
     numbered = torch.arange(count).float()[:, None, None, None].expand(-1, 3, SIZE, SIZE)
@@ -147,6 +151,17 @@ def test_a_long_walk_forgets_only_what_attention_cannot_read(model, monkeypatch,
     expected = stock_walk(model, monkeypatch, embeddings, prompts, reverse=False)
     assert len(answers) == 26
     torch.testing.assert_close(answers[-1].logits_kss, expected[26], rtol=1e-4, atol=1e-3)
+
+
+def test_version_2_0_is_walked_as_by_sam2_too(monkeypatch, images):
+    config = dataclasses.replace(CONFIG, version="2.0")
+    older = lively_model(config)
+    backend = make_backend(older)
+    embeddings = backend.embed(Frames.from_images(images[:6]))
+    prompts = {1: masks((8, 8, 40, 30), (40, 36, 60, 60))}
+    expected = stock_walk(older, monkeypatch, embeddings, prompts, reverse=False, config=config)
+    for answer in backend.propagate([(embeddings, i) for i in range(6)], prompts):
+        torch.testing.assert_close(answer.logits_kss, expected[answer.frame], rtol=1e-4, atol=1e-3)
 
 
 def test_kept_prompt_memories_change_nothing(model, embeddings):
