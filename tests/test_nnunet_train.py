@@ -235,23 +235,31 @@ def test_exported_plans_hold_one_whole_configuration_under_its_stock_name(traine
     assert exported["spacing"] == read_plans(trained.folders)["configurations"]["3d_fullres"]["spacing"]
 
 
-def test_regions_become_class_probabilities_by_the_order_in_which_nnunet_paints_them() -> None:
+@pytest.mark.parametrize("regions", [[(1, 2, 3), (1, 3), 3], [2, 1, 3], [(1, 2), (2, 3), 3]])
+def test_certain_regions_become_the_label_that_nnunet_paints(regions: list[int | tuple[int, ...]]) -> None:
     rng = np.random.default_rng(0)
     hard = rng.integers(0, 2, (3, 4, 5, 6)).astype(np.float32)
     order = [2, 1, 3]  # values painted for regions 0, 1, 2
     painted = np.zeros(hard.shape[1:], int)
     for region, value in zip(hard, order, strict=True):
         painted[region > 0.5] = value
-    result = class_probabilities(hard, order)
-    assert (result.argmax(0) == painted).all()
-    soft = class_probabilities(rng.random((3, 4, 5, 6)).astype(np.float32), order)
+    assert (class_probabilities(hard, regions, order).argmax(0) == painted).all()
+    soft = class_probabilities(rng.random((3, 4, 5, 6)).astype(np.float32), regions, order)
     np.testing.assert_allclose(soft.sum(0), 1, atol=1e-6)
     assert soft.min() >= 0
 
 
+def test_nested_regions_share_and_disjoint_ones_do_not() -> None:
+    prob = np.array([0.9, 0.3], np.float32).reshape(2, 1, 1, 1)
+    nested = class_probabilities(prob, [(1, 2), 2], [1, 2]).ravel()
+    np.testing.assert_allclose(nested, [0.1, 0.6, 0.3], atol=1e-6)
+    disjoint = class_probabilities(np.array([0.5, 0.4], np.float32).reshape(2, 1, 1, 1), [1, 2], [1, 2]).ravel()
+    np.testing.assert_allclose(disjoint, [0.1, 0.5, 0.4], atol=1e-6)
+
+
 def test_without_regions_probabilities_are_nnunets_own() -> None:
     prob = np.random.default_rng(0).random((3, 2, 2, 2)).astype(np.float32)
-    assert class_probabilities(prob, None) is prob
+    assert class_probabilities(prob, None, None) is prob
 
 
 def test_a_second_prediction_is_the_same_bytes(trained: Dataset) -> None:

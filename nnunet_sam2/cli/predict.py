@@ -18,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; nnU-Net's letters where nnU-Net has one."""
     parser.add_argument("-d", dest="dataset", required=True, help="dataset id or DatasetXXX_Name")
     parser.add_argument(
-        "-i", dest="images", type=Path, required=True,
+        "-i",
+        dest="images",
+        type=Path,
+        required=True,
         help="folder of images: CASE_0000 and so on, one file a channel; CASE alone where there is one channel",
     )
     parser.add_argument("-o", dest="out", type=Path, required=True, help="folder for the label maps")

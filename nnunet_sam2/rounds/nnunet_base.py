@@ -99,7 +99,8 @@ def resolved_configuration(plans: dict[str, Any], configuration: str) -> dict[st
     configurations = plans["configurations"]
     if configuration not in configurations:
         known = ", ".join(configurations)
-        raise InputError(f"nnU-Net's plans for {plans['dataset_name']} have no {configuration}, only: {known}; use -c")
+        name = plans["dataset_name"]
+        raise InputError(f"nnU-Net's plans for {name} have no {configuration}, only: {known}; choose one with -c")
     own = dict(configurations[configuration])
     parent = own.pop("inherits_from", None)
     return {**resolved_configuration(plans, parent), **own} if parent else own

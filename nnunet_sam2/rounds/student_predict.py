@@ -30,22 +30,32 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def class_probabilities(prob_czyx: np.ndarray, regions_class_order: Sequence[int] | None) -> np.ndarray:
+def class_probabilities(
+    prob_czyx: np.ndarray,
+    regions: Sequence[int | tuple[int, ...]] | None,
+    regions_class_order: Sequence[int] | None,
+) -> np.ndarray:
     """Turn nnU-Net's outputs into probabilities of the background and of each class value, ascending.
 
-    Without regions these are the outputs themselves. With regions, output i is the probability that region i holds,
-    and nnU-Net paints the values of ``regions_class_order`` over one another, the last on top: a value shows where its
-    region holds and none painted later does. Regions are taken as independent, so the result sums to one.
+    Without regions these are the outputs themselves. With regions, output i is the probability that region i (a set of
+    label values) holds, and nnU-Net paints the values of ``regions_class_order`` over one another, the last on top. A
+    value's probability is so that of its region without what regions painted later take of it: a tumour's core lies
+    within the tumour, disjoint organs take nothing of each other. The result sums to one; its largest channel is the
+    painted label wherever the regions are certain, but need not be where several lie near one half.
     """
-    if regions_class_order is None:
+    if regions is None or regions_class_order is None:
         return prob_czyx
     values = sorted(set(regions_class_order))
+    sets = [set(region) if isinstance(region, (tuple, list)) else {region} for region in regions]
     result_czyx = np.zeros((len(values) + 1, *prob_czyx.shape[1:]), np.float32)
-    uncovered_zyx = np.ones(prob_czyx.shape[1:], np.float32)
-    for region_zyx, value in reversed(list(zip(prob_czyx, regions_class_order, strict=True))):
-        result_czyx[1 + values.index(value)] += region_zyx * uncovered_zyx
-        uncovered_zyx *= 1 - region_zyx
-    result_czyx[0] = uncovered_zyx
+    remaining_zyx = np.ones(prob_czyx.shape[1:], np.float32)
+    shares: dict[int, np.ndarray] = {}
+    for i in reversed(range(len(sets))):
+        taken_zyx = sum(share for j, share in shares.items() if sets[i] & sets[j])
+        shares[i] = np.clip(prob_czyx[i] - taken_zyx, 0, remaining_zyx)
+        remaining_zyx = remaining_zyx - shares[i]
+        result_czyx[1 + values.index(regions_class_order[i])] += shares[i]
+    result_czyx[0] = remaining_zyx
     return result_czyx
 
 
@@ -76,8 +86,9 @@ def _predict(predictor: Any, job: dict[str, Any]) -> None:
         reader.write_seg(label_zyx, str(temporary), properties)
     hashes["label"] = file_hash(Path(job["label"]))
     if prob_czyx is not None:
-        order = predictor.label_manager.regions_class_order if predictor.label_manager.has_regions else None
-        steps_czyx = np.rint(class_probabilities(prob_czyx, order) * 255).astype(np.uint8)
+        labels = predictor.label_manager
+        regions = labels.foreground_regions if labels.has_regions else None
+        steps_czyx = np.rint(class_probabilities(prob_czyx, regions, labels.regions_class_order) * 255).astype(np.uint8)
         with atomic_path(Path(job["probabilities"])) as temporary:
             np.savez_compressed(temporary, prob_czyx=steps_czyx)
         hashes["probabilities"] = file_hash(Path(job["probabilities"]))
