@@ -18,8 +18,8 @@ from bench_data import HIERA_TINY_IMAGE, PROJECT, SETS, BenchSet, cut
 from bench_table import write_table
 from scoring import score_model, score_run
 
-from nnunet_sam2.cohort.cohort import HIDDEN_LABELS, Cohort
 from nnunet_sam2.cli.main import main as command
+from nnunet_sam2.cohort.cohort import HIDDEN_LABELS, Cohort
 from nnunet_sam2.folders import DatasetFolders, find_dataset
 from nnunet_sam2.rounds import nnunet
 from nnunet_sam2.rounds.options import RunOptions
