@@ -1,0 +1,248 @@
+"""Score a SAM 2 checkpoint as a labeller on real images and write its table into docs/benchmarks.md.
+
+``python scripts/bench_sam2.py --sam2 NAME_OR_FILE`` labels query volumes from 1, 3 and 8 support volumes by each
+strategy, and by two methods that learn nothing: the mask of the best-matching support slice copied, and the same after
+affine registration. Options as they are by default; no test here decides any of them. Results are kept after every
+combination, so a killed benchmark goes on when started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from baselines import CopyBaseline
+from bench_data import DATA, PROJECT
+
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.frames import Frames
+from nnunet_sam2.labelling.components import single_component_classes
+from nnunet_sam2.labelling.fusion import FusionOptions, fuse
+from nnunet_sam2.labelling.registry import make_strategy
+from nnunet_sam2.labelling.strategy import Prepares, Query, Support
+from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
+from nnunet_sam2.storage import read_json, write_json, write_text
+from nnunet_sam2.volumes import read_label, read_volume
+
+RESULTS = PROJECT / "docs" / "benchmarks" / "sam2.json"
+START, END = "<!-- sam2: written by scripts/bench_sam2.py from benchmarks/sam2.json -->", "<!-- sam2: end -->"
+BASELINES = ("copy", "copy, registered")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sam2BenchSet:
+    """Say what of a set is labelled and scored."""
+
+    name: str
+    scored: Mapping[str, tuple[int, ...]]
+    """Name in the table -> label values taken together."""
+    headline: tuple[str, ...]
+    """What the mean is taken over."""
+    queries: int
+    merge: bool = False
+    """Take all labels above 0 for one class."""
+
+
+SETS = {
+    s.name: s
+    for s in (
+        Sam2BenchSet(
+            name="hippocampus",
+            scored={"whole": (1, 2), "anterior": (1,), "posterior": (2,)},
+            headline=("whole",),
+            queries=12,
+        ),
+        Sam2BenchSet(
+            name="chaos_t2_mr",
+            scored={"liver": (1,), "right kidney": (2,), "left kidney": (3,), "spleen": (4,)},
+            headline=("liver", "right kidney", "left kidney", "spleen"),
+            queries=4,
+        ),
+        Sam2BenchSet(
+            name="acdc",
+            scored={"right ventricle": (1,), "myocardium": (2,), "left ventricle": (3,)},
+            headline=("right ventricle", "myocardium", "left ventricle"),
+            queries=8,
+        ),
+        Sam2BenchSet(name="ddsm_tissue", scored={"breast": (1,)}, headline=("breast",), queries=12, merge=True),
+    )
+}
+
+
+def main() -> None:
+    """Score what is asked for and has no result yet, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sam2", default=None, help="name or checkpoint file; without it only the table is written")
+    parser.add_argument("--name", default=None, help="name in the table (default: the file's)")
+    parser.add_argument("--sets", nargs="+", choices=sorted(SETS), default=sorted(SETS))
+    parser.add_argument("--supports", nargs="+", type=int, default=[1, 3, 8])
+    parser.add_argument("--strategies", nargs="*", default=["transfer", "insert", "match"])
+    parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES))
+    parser.add_argument("--queries", type=int, default=None, help="query volumes a set (default: the set's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--image-size", type=int, default=None)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--cache-dir", type=Path, default=None, help="keep embeddings between runs")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if args.sam2 is not None:
+        backend = load_backend(
+            args.sam2, device=args.device, image_size=args.image_size, cache_dir=args.cache_dir, threads=args.threads
+        )
+        name = args.name or f"{backend.spec.name}, {backend.spec.image_size} px"
+        for set_name in args.sets:
+            for supports in args.supports:
+                score_set(SETS[set_name], supports, backend, name, args)
+    if args.output == RESULTS:
+        write_table(args.output, PROJECT / "docs" / "benchmarks.md")
+
+
+def score_set(bench: Sam2BenchSet, supports: int, backend: MetaSam2Backend, name: str, args: argparse.Namespace) -> None:
+    """Score every labeller that has no result for this set and number of supports."""
+    queries = args.queries or bench.queries
+    tasks: dict[str, Callable[[Sequence[Support]], Callable[[Query], np.ndarray]]] = {}
+    for baseline in args.baselines:
+        registered = baseline == BASELINES[1]
+        tasks[baseline] = lambda given, registered=registered: CopyBaseline(given, registered=registered).label
+    for strategy in args.strategies:
+        tasks[f"{name}: {strategy}"] = lambda given, strategy=strategy: _labeller(strategy, given, backend, args.seed)
+    results = read_json(args.output) if args.output.is_file() else {}
+    key = f"{bench.name}/{supports}/seed {args.seed}/{queries} queries"
+    row = results.setdefault(key, {})
+    wanted = [task for task in tasks if task not in row or row[task]["checkpoint"] != _checkpoint(task, backend)]
+    if not wanted:
+        return
+    support_cases, query_cases = draw_cases(bench, supports, queries, args.seed)
+    given = [_support(bench, case, backend) for case in support_cases]
+    asked = [_support(bench, case, backend) for case in query_cases]
+    for task in wanted:
+        started = time.monotonic()
+        try:
+            label = tasks[task](given)
+            scores = [_dice(bench, label(case.as_query()), case.label_zyx) for case in asked]
+        except InputError as error:
+            print(f"{key} {task}: left out ({error})", flush=True)
+            continue
+        row[task] = _summary(bench, scores)
+        row[task]["seconds_a_volume"] = round((time.monotonic() - started) / len(asked), 2)
+        row[task]["checkpoint"] = _checkpoint(task, backend)
+        print(key, task, row[task]["mean"], row[task]["classes"], flush=True)
+        results = read_json(args.output) if args.output.is_file() else {}
+        results[key] = results.get(key, {}) | {task: row[task]}
+        write_json(args.output, dict(sorted(results.items())))
+
+
+def draw_cases(bench: Sam2BenchSet, supports: int, queries: int, seed: int) -> tuple[list[str], list[str]]:
+    """Draw support and query files of different patients; the queries are the same for every number of supports."""
+    source = DATA / bench.name / "images"
+    if not source.is_dir():
+        raise SystemExit(f"{source} is missing; set NNUNET_SAM2_DATA to the folder that holds {bench.name}")
+    patients: dict[str, list[str]] = {}
+    for path in sorted(source.iterdir()):
+        patients.setdefault(re.split(r"_frame", path.name.split(".")[0])[0], []).append(path.name)
+    rng = np.random.default_rng(seed)
+    drawn = [patients[p][int(rng.integers(len(patients[p])))] for p in rng.permutation(sorted(patients))]
+    if supports + queries > len(drawn):
+        raise SystemExit(f"{bench.name} has {len(drawn)} patients; {supports} supports and {queries} queries are more")
+    return drawn[queries : queries + supports], drawn[:queries]
+
+
+def write_table(results: Path, page: Path) -> None:
+    """Replace the page's marked part with one table a set."""
+    text = page.read_text(encoding="utf-8")
+    before, marker, rest = text.partition(START)
+    if not marker or END not in rest:
+        raise SystemExit(f"{page} lacks the lines {START!r} and {END!r}")
+    by_set: dict[str, dict[str, dict[str, Any]]] = {}
+    for key, row in (read_json(results) if results.is_file() else {}).items():
+        set_name, supports, *how = key.split("/")
+        for task, entry in row.items():
+            by_set.setdefault(f"{set_name} ({', '.join(how)})", {}).setdefault(task, {})[supports] = entry
+    tables = "\n".join(_table(name, rows) for name, rows in by_set.items())
+    write_text(page, f"{before}{START}\n\n{tables}\n{END}{rest.partition(END)[2]}")
+
+
+def _table(name: str, rows: dict[str, dict[str, Any]]) -> str:
+    counts = sorted({count for row in rows.values() for count in row}, key=int)
+    bench = SETS[name.split(" ")[0]]
+    lines = [f"### {name}", ""]
+    header = ["labeller", *(f"{c} support{'s' if c != '1' else ''}" for c in counts)]
+    if len(bench.scored) > 1:
+        header += [f"{part}, {counts[-1]}" for part in bench.scored]
+    header.append("s a volume")
+    lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for task in sorted(rows, key=lambda t: (t not in BASELINES, t)):
+        row = rows[task]
+        cells = [task, *(f"{row[c]['mean']:.3f}" if c in row else "" for c in counts)]
+        if len(bench.scored) > 1:
+            last = row.get(counts[-1])
+            cells += ["" if last is None else f"{last['classes'][part]:.3f}" for part in bench.scored]
+        cells.append(f"{max(entry['seconds_a_volume'] for entry in row.values()):.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _labeller(
+    strategy_name: str, given: Sequence[Support], backend: MetaSam2Backend, seed: int
+) -> Callable[[Query], np.ndarray]:
+    values = tuple(sorted({int(v) for support in given for v in np.unique(support.label_zyx) if v}))
+    strategy = make_strategy(strategy_name)
+    if isinstance(strategy, Prepares):
+        strategy.prepare(given, values, backend)
+    fusion = FusionOptions(
+        single_component_classes=single_component_classes([support.label_zyx for support in given], values)
+    )
+
+    def label(query: Query) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        return fuse(strategy.members(query, given, values, backend, rng), values, fusion).label_zyx
+
+    return label
+
+
+def _support(bench: Sam2BenchSet, name: str, backend: MetaSam2Backend) -> Support:
+    folder = DATA / bench.name
+    volume = read_volume([folder / "images" / name])
+    label_zyx, _ = read_label(folder / "labels" / name)
+    frames = Frames.from_volume(volume, size=backend.spec.image_size)
+    return Support(
+        case_id=name.split(".")[0],
+        frames=frames,
+        embeddings=backend.embed(frames),
+        label_zyx=(label_zyx > 0).astype(np.uint8) if bench.merge else label_zyx,
+        geometry=volume.geometry,
+    )
+
+
+def _dice(bench: Sam2BenchSet, answer_zyx: np.ndarray, truth_zyx: np.ndarray) -> dict[str, float | None]:
+    scores: dict[str, float | None] = {}
+    for part, values in bench.scored.items():
+        predicted, true = np.isin(answer_zyx, values), np.isin(truth_zyx, values)
+        total = int(predicted.sum() + true.sum())
+        scores[part] = float(2 * (predicted & true).sum() / total) if total else None
+    return scores
+
+
+def _summary(bench: Sam2BenchSet, scores: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
+    classes = {}
+    for part in bench.scored:
+        known = [case[part] for case in scores if case[part] is not None]
+        classes[part] = round(float(np.mean(known)), 4) if known else None
+    mean = float(np.mean([classes[part] for part in bench.headline if classes[part] is not None]))
+    return {"mean": round(mean, 4), "classes": classes, "cases": len(scores)}
+
+
+def _checkpoint(task: str, backend: MetaSam2Backend) -> str | None:
+    """Return the hash that a task's result depends on; the copies depend on none."""
+    return None if task in BASELINES else backend.spec.checkpoint_hash
+
+
+if __name__ == "__main__":
+    main()
