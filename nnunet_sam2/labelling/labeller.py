@@ -1,0 +1,283 @@
+"""Label cases of a cohort: read, embed, ask the strategy, fuse, write; go on where a killed run stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_sam2.cohort.cohort import Case, Cohort, Role
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.labelling.components import single_component_classes
+from nnunet_sam2.labelling.fusion import FusionOptions, fuse
+from nnunet_sam2.labelling.leave_one_out import dice_by_class
+from nnunet_sam2.labelling.member import PseudoLabel
+from nnunet_sam2.labelling.registry import options_json
+from nnunet_sam2.labelling.strategy import Prepares, Strategy, Support
+from nnunet_sam2.progress import track
+from nnunet_sam2.sam2.protocol import Sam2Backend
+from nnunet_sam2.storage import atomic_path, file_hash, read_json, value_hash, write_json
+from nnunet_sam2.support.library import (
+    PROBABILITIES,
+    cohort_slice_axis,
+    load_query,
+    load_supports,
+)
+from nnunet_sam2.volumes import write_label, write_map
+
+CONFIDENCE = "confidence"
+MEMBERS = "members"
+
+_VERSION = 1
+"""Raised when the same inputs give other labels than before, so that old ones are not taken for current."""
+
+
+def label_cases(
+    *,
+    cohort: Cohort,
+    case_ids: Sequence[str],
+    support_ids: Sequence[str],
+    strategy: Strategy,
+    backend: Sam2Backend,
+    out: Path,
+    seed: int,
+    save_probabilities: bool = False,
+    student_probabilities: Path | None = None,
+    fusion: FusionOptions | None = None,
+) -> list[dict[str, Any]]:
+    """Label the cases and return their records, in the order of ``case_ids``.
+
+    Writes ``OUT/CASE<ending>`` (labels), ``OUT/confidence/CASE<ending>`` (0 to 1 in steps of 1/255),
+    ``OUT/members/CASE.json`` (the record) and, where asked for, ``OUT/probabilities/CASE.npz`` (``prob_czyx``, uint8 0
+    to 255, background first). ``student_probabilities`` is a folder of such ``CASE.npz``.
+
+    A case never supports itself: a labelled case is labelled from the other supports (leave-one-out), and its record
+    then has ``dice_with_human_label``. A case whose record carries the same inputs and whose files are unchanged is not
+    done again. Raises `InputError` before anything is written where something cannot work.
+    """
+    _check(cohort, case_ids, support_ids, strategy, backend, student_probabilities)
+    job = _Job(
+        cohort=cohort,
+        support_ids=tuple(support_ids),
+        strategy=strategy,
+        backend=backend,
+        out=out,
+        seed=seed,
+        save_probabilities=save_probabilities,
+        student_probabilities=student_probabilities,
+        fusion=fusion or FusionOptions(),
+        slice_axis=cohort_slice_axis(cohort),
+    )
+    keys = {case_id: job.input_key(cohort.case(case_id)) for case_id in case_ids}
+    records = {case_id: record for case_id, key in keys.items() if (record := job.finished(case_id, key)) is not None}
+    pending = [case_id for case_id in case_ids if case_id not in records]
+    if pending:
+        supports, prepared = job.prepare()
+        for case_id in track(pending, what=f"labelling ({strategy.name})", total=len(pending)):
+            records[case_id] = job.label(cohort.case(case_id), supports, prepared, keys[case_id])
+    return [records[case_id] for case_id in case_ids]
+
+
+def label_files(out: Path, case_id: str, file_ending: str, *, probabilities: bool = False) -> tuple[Path, ...]:
+    """Name the files of one labelled case: label, confidence, record and, where kept, probabilities."""
+    files = [
+        out / f"{case_id}{file_ending}",
+        out / CONFIDENCE / f"{case_id}{file_ending}",
+        out / MEMBERS / f"{case_id}.json",
+    ]
+    return (*files, out / PROBABILITIES / f"{case_id}.npz") if probabilities else tuple(files)
+
+
+def write_probabilities(path: Path, prob_czyx: np.ndarray) -> None:
+    """Write probabilities as uint8 steps of 1/255, compressed, atomically; the same values give the same bytes."""
+    with atomic_path(path) as temporary:
+        np.savez_compressed(temporary, prob_czyx=np.rint(prob_czyx * 255.0).astype(np.uint8))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """Hold what all cases of one call share."""
+
+    cohort: Cohort
+    support_ids: tuple[str, ...]
+    strategy: Strategy
+    backend: Sam2Backend
+    out: Path
+    seed: int
+    save_probabilities: bool
+    student_probabilities: Path | None
+    fusion: FusionOptions
+    slice_axis: int
+
+    def input_key(self, case: Case) -> str:
+        """Compute a hash of everything that the case's label depends on."""
+        cohort = self.cohort
+        return value_hash(
+            {
+                "version": _VERSION,
+                "case": [case.case_id, case.voxel_hash, case.geometry.to_json()],
+                "supports": [self._support_identity(cohort.case(case_id)) for case_id in self.support_ids],
+                "human_label": self._label_hash(case) if case.role is Role.LABELLED else None,
+                "class_values": cohort.class_values,
+                "ignore_value": cohort.ignore_value,
+                "slice_axis": self.slice_axis,
+                "strategy": [self.strategy.name, options_json(self.strategy.options)],
+                "fusion": options_json(self.fusion),
+                "sam2": _sam2_identity(self.backend),
+                "student": self._student_hash(case.case_id),
+                "seed": self.seed,
+                "save_probabilities": self.save_probabilities,
+            }
+        )
+
+    def finished(self, case_id: str, key: str) -> dict[str, Any] | None:
+        """Return the record of a case that is done with these inputs and whose files are whole, else None."""
+        path = self.out / MEMBERS / f"{case_id}.json"
+        if not path.is_file():
+            return None
+        try:
+            record = read_json(path)
+        except InputError:
+            return None
+        if not isinstance(record, dict) or record.get("input_key") != key:
+            return None
+        for name, expected in record["files"].items():
+            if not (self.out / name).is_file() or file_hash(self.out / name) != expected:
+                return None
+        return record
+
+    def prepare(self) -> tuple[list[Support], dict[str, Any] | None]:
+        """Load the supports and let the strategy check on them what it wants to know."""
+        supports = load_supports(
+            self.cohort,
+            self.support_ids,
+            self.backend,
+            slice_axis=self.slice_axis,
+            student_probabilities=self._student_folder,
+        )
+        if isinstance(self.strategy, Prepares):
+            return supports, self.strategy.prepare(supports, self.cohort.class_values, self.backend)
+        return supports, None
+
+    def label(
+        self, case: Case, supports: Sequence[Support], prepared: dict[str, Any] | None, key: str
+    ) -> dict[str, Any]:
+        """Label one case, write its files, the record last, and return the record."""
+        values = self.cohort.class_values
+        query = load_query(
+            self.cohort,
+            case,
+            self.backend,
+            slice_axis=self.slice_axis,
+            student_probabilities=self._student_folder,
+        )
+        others = [support for support in supports if support.case_id != case.case_id]
+        single = single_component_classes([support.label_zyx for support in others], values)
+        fusion = dataclasses.replace(self.fusion, single_component_classes=single)
+        rng = np.random.default_rng([self.seed, _number(case.case_id)])
+        pseudo = fuse(self.strategy.members(query, others, values, self.backend, rng), values, fusion)
+        hashes = self._write(case, pseudo)
+        record: dict[str, Any] = {
+            "case": case.case_id,
+            "input_key": key,
+            "strategy": self.strategy.name,
+            "options": options_json(self.strategy.options),
+            "fusion": options_json(fusion),
+            "sam2": dataclasses.asdict(self.backend.spec),
+            "seed": self.seed,
+            "supports": [support.case_id for support in others],
+            "prepared": prepared,
+            "dice_with_human_label": self._dice(case, supports, pseudo),
+            **pseudo.record,
+            "files": hashes,
+        }
+        write_json(self.out / MEMBERS / f"{case.case_id}.json", record)
+        return record
+
+    def _write(self, case: Case, pseudo: PseudoLabel) -> dict[str, str]:
+        label, confidence, record, *more = label_files(
+            self.out, case.case_id, self.cohort.file_ending, probabilities=self.save_probabilities
+        )
+        # A record of other inputs must not stand beside the new files if the process dies between them.
+        record.unlink(missing_ok=True)
+        write_label(label, pseudo.label_zyx, case.geometry)
+        write_map(confidence, pseudo.confidence_zyx, case.geometry)
+        for path in more:
+            write_probabilities(path, pseudo.prob_czyx)
+        return {path.relative_to(self.out).as_posix(): file_hash(path) for path in (label, confidence, *more)}
+
+    def _dice(self, case: Case, supports: Sequence[Support], pseudo: PseudoLabel) -> dict[str, float | None] | None:
+        """Compare with the human label where the case has one to learn from; test and hidden labels are not read."""
+        if case.role is not Role.LABELLED:
+            return None
+        known = next((s.label_zyx for s in supports if s.case_id == case.case_id), None)
+        if known is None:
+            from nnunet_sam2.volumes import read_label
+
+            known, _ = read_label(self.cohort.label_path(case))
+        table = dice_by_class(pseudo.label_zyx, known, self.cohort.class_values, ignore_value=self.cohort.ignore_value)
+        return {str(value): dice for value, dice in table.items()}
+
+    @property
+    def _student_folder(self) -> Path | None:
+        return self.student_probabilities if getattr(self.strategy, "uses_student", False) else None
+
+    def _support_identity(self, case: Case) -> list[str | None]:
+        return [case.case_id, case.voxel_hash, self._label_hash(case), self._student_hash(case.case_id)]
+
+    def _label_hash(self, case: Case) -> str:
+        return file_hash(self.cohort.label_path(case))
+
+    def _student_hash(self, case_id: str) -> str | None:
+        if self._student_folder is None:
+            return None
+        path = self._student_folder / f"{case_id}.npz"
+        return file_hash(path) if path.is_file() else None
+
+
+def _check(
+    cohort: Cohort,
+    case_ids: Sequence[str],
+    support_ids: Sequence[str],
+    strategy: Strategy,
+    backend: Sam2Backend,
+    student_probabilities: Path | None,
+) -> None:
+    if len(set(case_ids)) != len(case_ids) or len(set(support_ids)) != len(support_ids):
+        raise InputError("a case is named twice")
+    for case_id in support_ids:
+        if cohort.case(case_id).role is not Role.LABELLED:
+            raise InputError(f"support {case_id} of {cohort.name} has no human label to learn from")
+    uses_student = getattr(strategy, "uses_student", False)
+    for case_id in case_ids:
+        cohort.case(case_id)
+        if not uses_student and not [s for s in support_ids if s != case_id]:
+            raise InputError(f"case {case_id} has no support left: a case cannot support itself; label another case")
+    if strategy.needs_memory and not backend.spec.has_memory:
+        raise InputError(
+            f"strategy {strategy.name} carries masks through the volume and needs SAM 2's video memory, which "
+            f"checkpoint {backend.spec.name} does not hold; use --strategy transfer or a whole checkpoint"
+        )
+    if uses_student:
+        if student_probabilities is None:
+            raise InputError(f"strategy {strategy.name} needs the student's probabilities (--student FOLDER)")
+        missing = [c for c in case_ids if not (student_probabilities / f"{c}.npz").is_file()]
+        if missing:
+            raise InputError(
+                f"{student_probabilities / missing[0]}.npz is missing: the student has not predicted it yet"
+            )
+
+
+def _sam2_identity(backend: Sam2Backend) -> dict[str, Any]:
+    """Return what changes SAM 2's answers; the checkpoint may be moved and renamed."""
+    return {k: v for k, v in dataclasses.asdict(backend.spec).items() if k not in ("name", "origin")}
+
+
+def _number(text: str) -> int:
+    """Turn a case id into a number that does not change between processes, unlike Python's own hash."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
