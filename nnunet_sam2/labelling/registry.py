@@ -6,10 +6,12 @@ import dataclasses
 import importlib
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.labelling.strategy import Strategy
+
+if TYPE_CHECKING:
+    from nnunet_sam2.labelling.strategy import Strategy
 
 # name -> (module, strategy class, options class); imported only when called for.
 STRATEGIES: dict[str, tuple[str, str, str]] = {

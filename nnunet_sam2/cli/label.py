@@ -1,0 +1,108 @@
+"""``nnunet_sam2 label``: SAM 2 labels for the unlabelled cases."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nnunet_sam2.labelling.registry import STRATEGIES, make_strategy, parse_settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options; nnU-Net's letters where nnU-Net has one."""
+    parser.add_argument("-d", dest="dataset", required=True, help="dataset id or DatasetXXX_Name")
+    parser.add_argument(
+        "--sam2", required=True, metavar="NAME_OR_FILE", help="SAM 2: checkpoint file (.safetensors, .pt) or name"
+    )
+    parser.add_argument("--strategy", default="transfer", choices=sorted(STRATEGIES), help="default: %(default)s")
+    parser.add_argument(
+        "-o", dest="out", type=Path, metavar="OUT", help="default: $nnUNet_results/DATASET/nnunet_sam2/labels_STRATEGY"
+    )
+    parser.add_argument(
+        "--supports", metavar="N|IDS", help="labelled cases to learn from: the first N or a,b,c (default: all)"
+    )
+    parser.add_argument("--cases", metavar="IDS", help="cases to label: a,b,c (default: all unlabelled ones)")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="label the supports as well, each from the others, and show the Dice with their human labels",
+    )
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="option of the strategy, repeatable",
+    )
+    parser.add_argument(
+        "--components",
+        default="auto",
+        choices=["auto", "largest", "confident", "none"],
+        help="3D component to keep of each class; auto: the largest, of classes that are one piece in the supports",
+    )
+    parser.add_argument(
+        "--student", type=Path, metavar="FOLDER", help="probabilities CASE.npz of a trained network, for 'prompted'"
+    )
+    parser.add_argument("--image-size", type=int, help="SAM 2 input size in pixels (default: the checkpoint's)")
+    parser.add_argument("--device", "-device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-probabilities", action="store_true", help="write probabilities/CASE.npz as well")
+    parser.add_argument(
+        "--cache-dir", type=Path, help="embeddings (default: $nnUNet_results/DATASET/nnunet_sam2/embeddings)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Label and say where everything lies."""
+    from nnunet_sam2.cohort.cohort import Cohort
+    from nnunet_sam2.errors import InputError
+    from nnunet_sam2.folders import find_dataset
+    from nnunet_sam2.labelling.fusion import FusionOptions
+    from nnunet_sam2.labelling.labeller import label_cases
+    from nnunet_sam2.labelling.leave_one_out import estimated_quality
+    from nnunet_sam2.progress import say
+    from nnunet_sam2.sam2.backend import load_backend
+    from nnunet_sam2.support.library import choose_supports
+
+    folders = find_dataset(args.dataset)
+    cohort = Cohort.load(folders.raw)
+    strategy = make_strategy(args.strategy, parse_settings(args.settings))
+    supports = choose_supports(cohort, args.supports)
+    cases = [c for c in (args.cases or "").split(",") if c] or [case.case_id for case in cohort.unlabelled]
+    if args.check:
+        cases += [case_id for case_id in supports if case_id not in cases]
+    if not cases:
+        raise InputError(f"{cohort.name} has no unlabelled case; name cases with --cases, or use --check")
+    home = folders.results / "nnunet_sam2"
+    out = args.out or home / f"labels_{args.strategy}"
+    backend = load_backend(
+        args.sam2,
+        device=args.device,
+        image_size=args.image_size,
+        cache_dir=args.cache_dir or home / "embeddings",
+        threads=args.threads,
+    )
+    say(f"SAM 2: {backend.spec.origin}, {backend.spec.image_size} pixels")
+    records = label_cases(
+        cohort=cohort,
+        case_ids=cases,
+        support_ids=supports,
+        strategy=strategy,
+        backend=backend,
+        out=out,
+        seed=args.seed,
+        save_probabilities=args.save_probabilities,
+        student_probabilities=args.student,
+        fusion=FusionOptions(components=args.components),
+    )
+    quality = estimated_quality(records, cohort.class_values)
+    if any(dice is not None for dice in quality.values()):
+        shown = ", ".join(f"{value}: {'-' if dice is None else f'{dice:.3f}'}" for value, dice in quality.items())
+        say(f"Dice with human labels, each case labelled from the others: {shown}")
+    empty = [record["case"] for record in records if not any(record["voxels"].values())]
+    if empty:
+        say(f"nothing was found in {len(empty)} of {len(records)} cases: {', '.join(empty[:10])}")
+    say(f"labelled {len(records)} cases from {len(supports)} supports: {out}")
+    return 0
