@@ -104,7 +104,9 @@ def main() -> None:
         write_table(args.output, PROJECT / "docs" / "benchmarks.md")
 
 
-def score_set(bench: Sam2BenchSet, supports: int, backend: MetaSam2Backend, name: str, args: argparse.Namespace) -> None:
+def score_set(
+    bench: Sam2BenchSet, supports: int, backend: MetaSam2Backend, name: str, args: argparse.Namespace
+) -> None:
     """Score every labeller that has no result for this set and number of supports."""
     queries = args.queries or bench.queries
     tasks: dict[str, Callable[[Sequence[Support]], Callable[[Query], np.ndarray]]] = {}

@@ -54,8 +54,9 @@ def train_features(model: Any, shards: Shards, settings: FeatureSettings, folder
             _start_from_teacher(model, shards, data, state, settings)
         else:
             # sam2 leaves them at zero, and an encoder without them does not know where it is.
+            generator = torch.Generator().manual_seed(settings.seed)
             for parameter in (model.image_encoder.trunk.pos_embed, model.image_encoder.trunk.pos_embed_window):
-                torch.nn.init.trunc_normal_(parameter, std=0.02)
+                torch.nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
     model.to(device)
     encoder = model.image_encoder
     frozen = settings.start == "copy" and settings.freeze
@@ -129,7 +130,11 @@ class Validation:
 
 
 def _start_from_teacher(
-    model: Any, shards: Shards, data: list[tuple[torch.Tensor, torch.Tensor]], state: RunState, settings: FeatureSettings
+    model: Any,
+    shards: Shards,
+    data: list[tuple[torch.Tensor, torch.Tensor]],
+    state: RunState,
+    settings: FeatureSettings,
 ) -> None:
     teacher = shards.teacher.state
     copy_trunk(model, teacher, {0: 0, 1: 1, 2: 2, 3: 3, 4: settings.last_block})

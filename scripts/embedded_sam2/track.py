@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint
 
 from embedded_sam2.clips import ClipBatch
-from embedded_sam2.losses import frame_loss, low_target
+from embedded_sam2.losses import LEAST_TARGET, frame_loss, low_target
 
 _ABSENT = -1024.0
 """sam2's NO_OBJ_SCORE."""
@@ -29,11 +30,21 @@ class Tracker:
         with torch.no_grad():
             self._position = model.image_encoder.neck.position_encoding(blank).flatten(2).permute(2, 0, 1)
 
-    def clip(self, batch: ClipBatch, *, gated: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def clip(self, batch: ClipBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return loss and Dice of every asked frame and whether the object is there, each (asked, B)."""
+        losses, dices, there = [], [], []
+        for t, masks, iou, score in self.walk(batch):
+            target = low_target(batch.masks_tbss[t], self._low)
+            loss, dice = frame_loss(masks, iou, score, target, single=False)
+            losses.append(loss)
+            dices.append(dice)
+            there.append(target.sum(dim=(1, 2)) > LEAST_TARGET)
+        return torch.stack(losses), torch.stack(dices), torch.stack(there)
+
+    def walk(self, batch: ClipBatch) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yield each asked frame with its four candidate masks before the gate, their IoU and the presence score."""
         memories: dict[int, dict[str, Any]] = {}
         recent: dict[int, dict[str, Any]] = {}
-        losses, dices, there = [], [], []
         for t in range(batch.length):
             features = [m.flatten(2).permute(2, 0, 1) for m in batch.maps_tb[t]]
             if t < batch.prompted:
@@ -49,14 +60,9 @@ class Tracker:
                 num_frames=batch.length,
             )
             masks, iou, tokens, score = self._decode(mixed, batch.maps_tb[t], None, None)
-            target = low_target(batch.masks_tbss[t], self._low)
-            loss, dice = frame_loss(masks, iou, score, target, single=False)
-            losses.append(loss)
-            dices.append(dice)
-            there.append(target.sum(dim=(1, 2)) > 0.5)
+            yield t, masks, iou, score
             if t + 1 < batch.length:
                 recent[t] = self._answered(features, masks, iou, tokens, score)
-        return torch.stack(losses), torch.stack(dices), torch.stack(there)
 
     def prompts(self, batch: ClipBatch, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompt the first frame of each clip with points, a box or a coarse mask; return loss and Dice, (B,)."""
