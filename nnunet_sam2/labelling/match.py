@@ -188,7 +188,7 @@ class _Library:
         """Return a candidate as a JSON value; classes that are on the slice but vanish at model size are named."""
         support = self._supports[candidate.support]
         values = np.unique(support.frames.slices_first(support.label_zyx)[candidate.index])
-        sent = self._masks_of(candidate).any(axis=(1, 2))
+        sent = [bool(mask_ss.any()) for mask_ss in self._masks_of(candidate)]
         vanished = [v for k, v in enumerate(self._class_values) if v in values and not sent[k]]
         variant = None
         if candidate.variant is not None:
