@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench_data import HIERA_TINY_IMAGE, PROJECT, SETS, BenchSet, cut
 from bench_table import write_table
+from filelock import FileLock
 from scoring import score_model, score_run
 
 from nnunet_sam2.cli.main import main as command
@@ -37,22 +39,23 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=sorted(SETS), default=sorted(SETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--work", type=Path, default=PROJECT / "bench_work")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="only write the table from the JSON")
     args = parser.parse_args()
     if not args.table:
         for seed in args.seeds:
             for name in args.sets:
-                result = bench(SETS[name], seed, args.work.resolve(), rounds=args.rounds, threads=args.threads)
-                results = read_json(RESULTS) if RESULTS.is_file() else {}
-                results[f"{name}/{seed}"] = result
-                write_json(RESULTS, dict(sorted(results.items())))
+                for result in bench(SETS[name], seed, args.work.resolve(), rounds=args.rounds, threads=args.threads):
+                    with FileLock(RESULTS.with_suffix(".lock")):
+                        results = read_json(RESULTS) if RESULTS.is_file() else {}
+                        results[f"{name}/{seed}"] = result
+                        write_json(RESULTS, dict(sorted(results.items())))
     write_table(RESULTS, PROJECT / "docs" / "benchmarks.md")
 
 
-def bench(bench_set: BenchSet, seed: int, work: Path, *, rounds: int, threads: int) -> dict[str, Any]:
-    """Run one set with one seed to its end and return its scores."""
+def bench(bench_set: BenchSet, seed: int, work: Path, *, rounds: int, threads: int) -> Iterator[dict[str, Any]]:
+    """Run one set with one seed and yield its scores, as far as they are known."""
     folders = _dataset(bench_set, seed, work)
     cohort = Cohort.load(folders.raw)
     options = RunOptions(
@@ -71,15 +74,16 @@ def bench(bench_set: BenchSet, seed: int, work: Path, *, rounds: int, threads: i
     state = run_loop(folders, options)
     out = work / f"{folders.name}_test"
     result = score_run(folders, cohort, state, threads=threads, out=out)
-    trained_rounds = 1 + len(result["rounds"])
     settings = _first_round_settings(folders, options)
-    longer = replace(settings, num_epochs=settings.num_epochs * trained_rounds)
-    result["labelled_only_longer"] = _extra(folders, cohort, options, "long", longer, out, hidden=False)
     result["all_labels"] = _extra(folders, cohort, options, "bound", settings, out, hidden=True)
     result["set"] = vars(bench_set)
     result["sam2_labels_seconds"] = _stage_seconds(state)
     result["finished"] = time.strftime("%Y-%m-%d")
-    return result
+    yield result
+    # last, because it takes as long as all the rest: what the rounds' computing time is worth without their labels
+    longer = replace(settings, num_epochs=settings.num_epochs * (1 + len(result["rounds"])))
+    result["labelled_only_longer"] = _extra(folders, cohort, options, "long", longer, out, hidden=False)
+    yield result
 
 
 def _extra(

@@ -37,7 +37,11 @@ def _table(name: str, result: dict[str, Any]) -> str:
         + " | HD95 mm | change (mean / worst tenth) | validation Dice | iterations | seconds |",
         "|---|---|---|" + "---|" * (len(classes) + 5),
         _row("nnU-Net, labelled only", "test", result["labelled_only"], classes),
-        _row("same, as long as all rounds together", "test", result["labelled_only_longer"], classes),
+        *(
+            [_row("same, as long as all rounds together", "test", result["labelled_only_longer"], classes)]
+            if "labelled_only_longer" in result
+            else []
+        ),
         _row("SAM 2 labels (`transfer`)", "unlabelled", result["sam2"], classes, result["sam2_labels_seconds"]),
     ]
     for entry in result["rounds"]:
