@@ -5,21 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nnunet_sam2.storage import read_json, write_text
+from marked_table import replace_marked
 
-START, END = "<!-- loop: written by scripts/bench_loop.py from {source} -->", "<!-- loop: end -->"
+from nnunet_sam2.storage import read_json
 
 
 def write_table(results: Path, page: Path) -> None:
     """Replace the page's marked part with the tables of all sets and seeds in ``results``."""
-    start = START.format(source=f"{results.parent.name}/{results.name}")
-    text = page.read_text(encoding="utf-8")
-    before, marker, rest = text.partition(start)
-    if not marker or END not in rest:
-        raise SystemExit(f"{page} lacks the lines {start!r} and {END!r}")
-    after = rest.partition(END)[2]
     tables = "\n".join(_table(name, result) for name, result in read_json(results).items())
-    write_text(page, f"{before}{start}\n\n{tables}\n{END}{after}")
+    replace_marked(page, "loop", tables)
 
 
 def _table(name: str, result: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Measure what a training step costs beside stock nnU-Net's: same data, same random numbers, turn by turn.
 
-``python scripts/bench_trainer.py [--steps 20] [--features 16] [--output FILE]`` prints one JSON value. A step is a
+``python scripts/bench_trainer.py [--steps 20] [--features 16]`` writes docs/benchmarks/trainer.json and its table in
+docs/performance.md; with ``--output FILE`` it writes that JSON alone. A step is a
 batch from the loader, augmentation included, and ``train_step``; its cost is CPU-seconds of this process, one thread.
 """
 
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_data import PROJECT
+from marked_table import replace_marked
 from scipy import ndimage
 
 from nnunet_sam2.cohort.generated import LABELS, write_generated_cohort
@@ -48,6 +51,23 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if args.output is not None:
         write_json(args.output, result)
+        return
+    write_json(PROJECT / "docs" / "benchmarks" / "trainer.json", result)
+    replace_marked(PROJECT / "docs" / "performance.md", "trainer", table(rows))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Lay out the figures as a Markdown table."""
+    lines = [
+        "| configuration | patch | batch | stock s a step | ours, no maps / stock | ours, with maps / stock |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        patch = " x ".join(str(n) for n in row["patch_size"])
+        ratios = " | ".join(f"{row['over_stock'][kind]:.3f}" for kind in (PLAIN, WEIGHTED))
+        stock = row["seconds_per_step"][STOCK]
+        lines.append(f"| {row['configuration']} | {patch} | {row['batch_size']} | {stock:.3f} | {ratios} |")
+    return "\n".join(lines)
 
 
 def prepare(root: Path, shape_zyx: tuple[int, int, int], features: int) -> Path:

@@ -16,7 +16,7 @@ fi
 
 show() { echo "+ $*"; "$@"; }
 [ -d "$work/source" ] || show python -m nnunet_sam2.cohort.generated "$work/source" \
-    --labelled 3 --unlabelled 8 --test 4
+    --labelled 3 --unlabelled 8 --test 4 --shape 16 48 48
 [ -d "$nnUNet_raw/Dataset501_Demo" ] || show nnunet_sam2 convert "$work/source" -d 501 -n Demo \
     --test "$work/source/test"
 show nnunet_sam2 run -d 501 -c 3d_fullres -f all --sam2 "$sam2" --image-size 256 \

@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from nnunet_sam2.cohort.cohort import Cohort
+from nnunet_sam2.cohort.splits import make_splits
 from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import say
 from nnunet_sam2.rounds.convergence import RoundOutcome, StopReason, best_round, stop_reason
-from nnunet_sam2.rounds.ledger import Ledger
+from nnunet_sam2.rounds.ledger import LEDGER_FILE, Ledger
 from nnunet_sam2.rounds.lock import only_run
 from nnunet_sam2.rounds.options import RunOptions, describe_difference
 from nnunet_sam2.rounds.pseudo_labels import Fused
-from nnunet_sam2.rounds.stages import Stages, Student
+from nnunet_sam2.rounds.stages import Stages, Student, load_labeller
 from nnunet_sam2.rounds.state import RunState, read_state, run_folder, state_of_events
-from nnunet_sam2.storage import remove_temporary_files
+from nnunet_sam2.storage import read_json, remove_temporary_files
 
 
 def run_loop(folders: DatasetFolders, options: RunOptions) -> RunState:
@@ -25,8 +26,10 @@ def run_loop(folders: DatasetFolders, options: RunOptions) -> RunState:
     finished before is kept, and the same call continues.
     """
     cohort = Cohort.load(folders.raw)
-    _refuse_unusable(cohort)
     folder = run_folder(folders, options.run_name)
+    _refuse_unusable(folders, cohort, options)
+    if not (folder / LEDGER_FILE).is_file():
+        load_labeller(options, cache_dir=None)
     with only_run(folder):
         ledger = Ledger(folder)
         _remember_options(ledger, folder, options)
@@ -111,12 +114,23 @@ def _describe(outcome: RoundOutcome, options: RunOptions) -> str:
     return " ".join(parts)
 
 
-def _refuse_unusable(cohort: Cohort) -> None:
+def _refuse_unusable(folders: DatasetFolders, cohort: Cohort, options: RunOptions) -> None:
     where = cohort.root
     if not cohort.labelled:
         raise InputError(f"{where} has no labelled case; convert at least one image with its label")
     if not cohort.unlabelled:
         raise InputError(f"{where} has no unlabelled case, so there is nothing to label; add images without labels")
+    if options.fold == "all":
+        say("fold 'all': no labelled case is held out, so a fall of quality cannot be seen")
+        return
+    splits = folders.preprocessed / "splits_final.json"
+    folds = len(read_json(splits) if splits.is_file() else make_splits(cohort))
+    if int(options.fold) >= folds:
+        way_out = f"choose one of 0 to {folds - 1}, or -f all" if folds else "give -f all, which has no validation"
+        raise InputError(
+            f"-f {options.fold}: the labelled cases of {cohort.name} ({len(cohort.labelled)}, by patient) "
+            f"give {folds} folds; {way_out}"
+        )
 
 
 def _remember_options(ledger: Ledger, folder: Path, options: RunOptions) -> None:

@@ -46,6 +46,26 @@ class SupportLabels:
     digest: str
 
 
+def load_labeller(options: RunOptions, cache_dir: Path | None) -> Any:
+    """Load SAM 2 as the options say; raise `InputError` where it cannot serve the strategy."""
+    from nnunet_sam2.sam2.backend import load_backend
+
+    strategy = make_strategy(options.strategy, options.strategy_options)
+    backend = load_backend(
+        options.sam2,
+        device=options.device,
+        image_size=options.image_size,
+        cache_dir=cache_dir,
+        threads=options.threads,
+    )
+    if strategy.needs_memory and not backend.spec.has_memory:
+        raise InputError(
+            f"strategy {options.strategy} needs SAM 2's video memory, which {options.sam2} does not hold; "
+            "use --strategy transfer or a whole checkpoint"
+        )
+    return backend
+
+
 class Stages:
     """Run the stages of one run; every method may be called again and then returns what is there."""
 
@@ -71,7 +91,6 @@ class Stages:
                 self.folders, self.cohort, self.options.configuration, log=self.logs / "plan_and_preprocess.log"
             )
             folds = nnunet.write_splits(self.folders, self.cohort)
-            self._refuse_missing_fold(len(folds))
             nnunet.preprocess_unlabelled(
                 self.folders, self.cohort, self.options.configuration, [c.case_id for c in self.cohort.unlabelled]
             )
@@ -88,7 +107,6 @@ class Stages:
             "setup/plan", inputs, work, what="nnU-Net plans and preprocesses; plans see the labelled cases alone"
         )
         self._folds = event["info"]["folds"]
-        self._refuse_missing_fold(len(self._folds))
         self._setup_digest = event["digest"]
 
     def label_from_supports(self) -> SupportLabels:
@@ -354,15 +372,7 @@ class Stages:
 
     @cached_property
     def _backend(self) -> Any:
-        from nnunet_sam2.sam2.backend import load_backend
-
-        backend = load_backend(
-            self.options.sam2,
-            device=self.options.device,
-            image_size=self.options.image_size,
-            cache_dir=self.folders.results / "nnunet_sam2" / "embeddings",
-            threads=self.options.threads,
-        )
+        backend = load_labeller(self.options, self.folders.results / "nnunet_sam2" / "embeddings")
         say(f"SAM 2: {backend.spec.origin}")
         return backend
 
@@ -423,14 +433,6 @@ class Stages:
             if event["event"] == "done" and event["stage"] == stage:
                 return str(event["digest"])
         raise InputError(f"{self.ledger.path} lacks the stage {stage}; restore the file or start anew with --branch")
-
-    def _refuse_missing_fold(self, folds: int) -> None:
-        if self._fold == "all":
-            say("fold 'all': no labelled case is held out, so a fall of quality cannot be seen")
-        elif int(self._fold) >= folds:
-            labelled = len(self.cohort.labelled)
-            way_out = f"choose one of 0 to {folds - 1}, or -f all" if folds else "give -f all: no validation"
-            raise InputError(f"-f {self._fold}: {labelled} labelled cases give {folds} folds; {way_out}")
 
     def _quality_by_value(self, student: Student) -> dict[int, float]:
         """Give each label value the validation Dice of its class, or the mean of the regions that hold it."""

@@ -1,0 +1,134 @@
+"""A round's labels: fused from SAM 2 and student, compared with the last round's, empty ones left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nnunet_sam2.cohort.cohort import Cohort
+from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.labelling.labeller import write_probabilities
+from nnunet_sam2.rounds.pseudo_labels import Fused, fuse_cases, mean_dice_by_class
+from nnunet_sam2.volumes import read_label, read_map, write_label
+
+
+@pytest.fixture
+def cohort(tiny_dataset: DatasetFolders) -> Cohort:
+    return Cohort.load(tiny_dataset.raw)
+
+
+def _source(cohort: Cohort, folder: Path, labels: dict[str, np.ndarray], *, sure: float) -> Path:
+    """Write label maps, and probabilities that give each label ``sure`` and share the rest."""
+    for case_id, label_zyx in labels.items():
+        case = cohort.case(case_id)
+        write_label(folder / f"{case_id}{cohort.file_ending}", label_zyx, case.geometry)
+        one_hot = np.stack([label_zyx == v for v in (0, *cohort.class_values)]).astype(np.float32)
+        rest = (1 - sure) / len(cohort.class_values)
+        write_probabilities(folder / "probabilities" / f"{case_id}.npz", one_hot * (sure - rest) + rest)
+    return folder
+
+
+def _boxes(cohort: Cohort, offset: int) -> dict[str, np.ndarray]:
+    labels = {}
+    for case in cohort.unlabelled:
+        label = np.zeros(case.geometry.shape_zyx, np.uint8)
+        label[2:8, 5 + offset : 15 + offset, 5:15] = 1
+        label[2:8, 22 + offset : 30 + offset, 22:30] = 2
+        labels[case.case_id] = label
+    return labels
+
+
+def _fuse(cohort: Cohort, sam2: Path, student: Path | None, out: Path, **more: object) -> Fused:
+    arguments: dict = {
+        "sam2_quality": {1: 0.8, 2: 0.8},
+        "validation": {},
+        "validation_cases": 0,
+        "previous": None,
+        **more,
+    }
+    probabilities = student / "probabilities" if student else None
+    return fuse_cases(cohort, sam2=sam2, student=student, student_probabilities=probabilities, out=out, **arguments)
+
+
+def test_without_a_student_the_labels_are_sam2s(cohort: Cohort, tmp_path: Path) -> None:
+    labels = _boxes(cohort, 0)
+    sam2 = _source(cohort, tmp_path / "sam2", labels, sure=0.9)
+    fused = _fuse(cohort, sam2, None, tmp_path / "out")
+    assert fused.used_cases == tuple(labels)
+    assert fused.change is None
+    for case_id, label in labels.items():
+        written, geometry = read_label(tmp_path / "out" / f"{case_id}.nii.gz")
+        np.testing.assert_array_equal(written, label)
+        assert cohort.case(case_id).geometry.mismatch(geometry) is None
+        confidence, _ = read_map(tmp_path / "out" / "confidence" / f"{case_id}.nii.gz")
+        assert confidence.min() > 0
+        assert confidence.max() < 1
+
+
+def test_where_the_sources_differ_the_better_one_wins_and_the_voxel_is_less_trusted(
+    cohort: Cohort, tmp_path: Path
+) -> None:
+    here, there = _boxes(cohort, 0), _boxes(cohort, 3)
+    sam2 = _source(cohort, tmp_path / "sam2", here, sure=0.9)
+    student = _source(cohort, tmp_path / "student", there, sure=0.9)
+    fused = _fuse(
+        cohort, sam2, student, tmp_path / "out", sam2_quality={1: 0.95, 2: 0.3}, validation={1: 0.3, 2: 0.95},
+        validation_cases=50,
+    )
+    case_id = cohort.unlabelled[0].case_id
+    written, _ = read_label(tmp_path / "out" / f"{case_id}.nii.gz")
+    np.testing.assert_array_equal(written == 1, here[case_id] == 1)
+    np.testing.assert_array_equal(written == 2, there[case_id] == 2)
+    confidence, _ = read_map(tmp_path / "out" / "confidence" / f"{case_id}.nii.gz")
+    disputed = here[case_id] != there[case_id]
+    assert confidence[disputed].mean() < confidence[~disputed].mean() - 0.1
+    assert fused.quality["student"][2] > fused.quality["sam2"][2]
+
+
+def test_change_is_measured_against_the_labels_of_the_round_before(cohort: Cohort, tmp_path: Path) -> None:
+    before = _source(cohort, tmp_path / "before", _boxes(cohort, 0), sure=0.9)
+    moved = _source(cohort, tmp_path / "moved", _boxes(cohort, 2), sure=0.9)
+    same = _fuse(cohort, before, None, tmp_path / "same", previous=before)
+    other = _fuse(cohort, moved, None, tmp_path / "other", previous=before)
+    assert same.change is not None
+    assert same.change.mean == 0
+    assert other.change is not None
+    assert other.change.by_case[cohort.unlabelled[0].case_id] == pytest.approx({1: 0.2, 2: 0.25})
+
+
+def test_an_empty_label_is_written_but_left_out_of_the_round_with_the_reason(cohort: Cohort, tmp_path: Path) -> None:
+    labels = _boxes(cohort, 0)
+    empty = cohort.unlabelled[0].case_id
+    labels[empty] = np.zeros_like(labels[empty])
+    fused = _fuse(cohort, _source(cohort, tmp_path / "sam2", labels, sure=0.9), None, tmp_path / "out")
+    assert empty not in fused.used_cases
+    assert "empty" in fused.left_out[empty]
+    assert (tmp_path / "out" / f"{empty}.nii.gz").is_file()
+
+
+def test_the_record_survives_the_way_through_json(cohort: Cohort, tmp_path: Path) -> None:
+    sam2 = _source(cohort, tmp_path / "sam2", _boxes(cohort, 0), sure=0.9)
+    fused = _fuse(cohort, sam2, None, tmp_path / "out", previous=sam2)
+    assert Fused.from_json(tmp_path / "out", fused.to_json(), digest="") == fused
+
+
+def test_the_same_sources_give_the_same_bytes(cohort: Cohort, tmp_path: Path) -> None:
+    sam2 = _source(cohort, tmp_path / "sam2", _boxes(cohort, 0), sure=0.9)
+    student = _source(cohort, tmp_path / "student", _boxes(cohort, 2), sure=0.7)
+    for out in ("a", "b"):
+        _fuse(cohort, sam2, student, tmp_path / out)
+    for path in (tmp_path / "a").rglob("*.nii.gz"):
+        assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+
+
+def test_ignored_voxels_count_nowhere(cohort: Cohort, tmp_path: Path) -> None:
+    labels = _boxes(cohort, 0)
+    predicted = _source(cohort, tmp_path / "predicted", labels, sure=0.9)
+    case = cohort.unlabelled[0]
+    reference = labels[case.case_id].copy()
+    reference[5:] = 3
+    write_label(tmp_path / "truth" / f"{case.case_id}.nii.gz", reference, case.geometry)
+    with_ignore = Cohort(**{**vars(cohort), "labels": {**cohort.labels, "ignore": 3}})
+    assert mean_dice_by_class(with_ignore, [case], predicted, reference=tmp_path / "truth") == {1: 1.0, 2: 1.0}

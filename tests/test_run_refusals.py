@@ -1,0 +1,78 @@
+"""What ``nnunet_sam2 run`` refuses before it writes anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nnunet_sam2.cli.main import main
+from nnunet_sam2.cohort.cohort import Case, Cohort, Role
+from nnunet_sam2.folders import DatasetFolders
+
+RUN = ["run", "-d", "501", "--sam2", "untrained", "--device", "cpu"]
+
+
+def _without(cohort: Cohort, role: Role) -> tuple[Case, ...]:
+    return tuple(case for case in cohort.cases if case.role is not role)
+
+
+@pytest.mark.parametrize("role", [Role.LABELLED, Role.UNLABELLED])
+def test_a_cohort_without_labelled_or_without_unlabelled_cases_is_refused(
+    fresh_dataset: DatasetFolders, role: Role, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cohort = Cohort.load(fresh_dataset.raw)
+    Cohort(**{**vars(cohort), "cases": _without(cohort, role)}).save()
+    assert main(RUN) == 2
+    message = capsys.readouterr().err
+    assert f"no {role.value} case" in message
+    assert message.count("\n") == 1
+    assert not fresh_dataset.results.exists()
+
+
+def test_a_dataset_that_was_not_converted_says_how_to_make_it(
+    fresh_dataset: DatasetFolders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (fresh_dataset.raw / "cohort.json").unlink()
+    assert main(RUN) == 2
+    assert "nnunet_sam2 convert" in capsys.readouterr().err
+
+
+def test_an_unknown_dataset_is_refused(
+    fresh_dataset: DatasetFolders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "-d", "777", "--sam2", "untrained"]) == 2
+    assert "no dataset 777" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_before_anything_is_planned(
+    fresh_dataset: DatasetFolders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "-d", "501", "--sam2", str(Path("nowhere") / "sam2.pt"), "--device", "cpu"]) == 2
+    assert "sam2.pt" in capsys.readouterr().err
+    assert not fresh_dataset.preprocessed.exists()
+
+
+def test_an_unknown_strategy_is_refused_before_anything_is_planned(
+    fresh_dataset: DatasetFolders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*RUN, "--strategy", "telepathy"]) == 2
+    assert "telepathy" in capsys.readouterr().err
+    assert not fresh_dataset.preprocessed.exists()
+
+
+def test_a_strategy_that_the_checkpoint_cannot_serve_is_refused_before_anything_is_planned(
+    fresh_dataset: DatasetFolders, shared_weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image_only = str(shared_weights / "sam2_hiera_tiny_image.safetensors")
+    assert main(["run", "-d", "501", "--sam2", image_only, "--strategy", "insert", "--device", "cpu"]) == 2
+    assert "memory" in capsys.readouterr().err
+    assert not fresh_dataset.preprocessed.exists()
+
+
+def test_a_fold_that_does_not_exist_is_refused_with_those_that_do(
+    fresh_dataset: DatasetFolders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*RUN, "-f", "3"]) == 2
+    assert "3 folds; choose one of 0 to 2, or -f all" in capsys.readouterr().err
+    assert not fresh_dataset.preprocessed.exists()
