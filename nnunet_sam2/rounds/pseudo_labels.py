@@ -19,8 +19,6 @@ from nnunet_sam2.support.library import PROBABILITIES, read_probabilities
 from nnunet_sam2.volumes import read_label, write_label, write_map
 
 SAM2, STUDENT = "sam2", "student"
-LOWEST_QUALITY = 0.05
-"""Dice below which SAM 2's labels say nothing about the student's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,23 +77,19 @@ class Fused:
 
 
 def estimate_student_quality(
-    *,
-    sam2_quality: Mapping[int, float],
-    validation: Mapping[int, float],
-    validation_cases: int,
-    agreement: Mapping[int, float],
+    *, validation: Mapping[int, float], validation_cases: int, agreement: Mapping[int, float]
 ) -> dict[int, float]:
     """Estimate the student's Dice on unlabelled cases, a class.
 
-    Where its errors and SAM 2's are independent, the two agree about as often as both are right, so that agreement
-    divided by SAM 2's quality is a first guess; it counts as one validation case among those that there are.
+    Its Dice with SAM 2's labels, in the place of the truth, counts as one validation case among those that there are.
+    Where SAM 2 is the better of the two that comes close to the truth; where the student is, it errs on the safe side.
     """
-    quality = {}
-    for value, agreed in agreement.items():
-        guess = min(1.0, agreed / max(sam2_quality.get(value, 1.0), LOWEST_QUALITY))
-        known = validation.get(value)
-        quality[value] = guess if known is None else (validation_cases * known + guess) / (validation_cases + 1)
-    return quality
+    return {
+        value: (validation_cases * validation[value] + agreed) / (validation_cases + 1)
+        if value in validation
+        else agreed
+        for value, agreed in agreement.items()
+    }
 
 
 def fuse_cases(
@@ -123,7 +117,6 @@ def fuse_cases(
     if student is not None:
         agreement = mean_dice_by_class(cohort, cohort.unlabelled, student, reference=sam2)
         quality[STUDENT] = estimate_student_quality(
-            sam2_quality=quality[SAM2],
             validation=validation,
             validation_cases=validation_cases,
             agreement={v: agreement.get(v, 0.0) for v in values},
