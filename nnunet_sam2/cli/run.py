@@ -17,28 +17,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", dest="fold", default=_DEFAULTS.fold, help="fold of the labelled cases, or 'all'")
     parser.add_argument("--sam2", required=True, help="SAM 2: checkpoint file (.safetensors, .pt) or name")
     parser.add_argument("--strategy", default=_DEFAULTS.strategy, help="labelling strategy (default: %(default)s)")
-    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE",
-                        help="option of the strategy, repeatable")
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="option of the strategy, repeatable",
+    )
     parser.add_argument("--image-size", type=int, help="SAM 2 input size in pixels (default: the checkpoint's)")
-    parser.add_argument("--supports", default=_DEFAULTS.supports, choices=["train", "all"],
-                        help="cases that prompt SAM 2: the fold's training cases (validation stays untouched) or all")
-    parser.add_argument("--rounds", dest="round_limit", type=int, default=_DEFAULTS.round_limit,
-                        help="most rounds after the baseline (default: %(default)s)")
-    parser.add_argument("--mean-change", type=float, default=_DEFAULTS.mean_change,
-                        help="stop when labels change by no more on the mean (1 - Dice, default: %(default)s) ...")
-    parser.add_argument("--worst-tenth-change", type=float, default=_DEFAULTS.worst_tenth_change,
-                        help="... and by no more in the worst tenth (default: %(default)s)")
-    parser.add_argument("--validation-drop", type=float, default=_DEFAULTS.validation_drop,
-                        help="stop when validation Dice falls this far below the best (default: %(default)s)")
+    parser.add_argument(
+        "--supports",
+        default=_DEFAULTS.supports,
+        choices=["train", "all"],
+        help="cases that prompt SAM 2: the fold's training cases (validation stays untouched) or all",
+    )
+    parser.add_argument(
+        "--rounds",
+        dest="round_limit",
+        type=int,
+        default=_DEFAULTS.round_limit,
+        help="most rounds after the baseline (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--mean-change",
+        type=float,
+        default=_DEFAULTS.mean_change,
+        help="stop when labels change by no more on the mean (1 - Dice, default: %(default)s) ...",
+    )
+    parser.add_argument(
+        "--worst-tenth-change",
+        type=float,
+        default=_DEFAULTS.worst_tenth_change,
+        help="... and by no more in the worst tenth (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--validation-drop",
+        type=float,
+        default=_DEFAULTS.validation_drop,
+        help="stop when validation Dice falls this far below the best (default: %(default)s)",
+    )
     parser.add_argument("--skip-baseline", action="store_true", help="leave out round 0, nnU-Net on the labels alone")
-    parser.add_argument("--profile", default="auto", choices=["auto", *PROFILES],
-                        help="network and schedule; auto: gpu where CUDA is, else cpu")
+    parser.add_argument(
+        "--profile",
+        default="auto",
+        choices=["auto", *PROFILES],
+        help="network and schedule; auto: gpu where CUDA is, else cpu",
+    )
     parser.add_argument("--epochs", dest="num_epochs", type=int, help="epochs a round (default: the profile's)")
     parser.add_argument("--iterations", dest="num_iterations_per_epoch", type=int, help="iterations an epoch")
-    parser.add_argument("--final-epochs", type=int,
-                        help="epochs of the training after the last round; 0: none (default: the profile's)")
-    parser.add_argument("--pseudo-per-batch", type=float, default=_DEFAULTS.pseudo_per_batch,
-                        help="share of pseudo-labelled samples in a batch (default: %(default)s)")
+    parser.add_argument(
+        "--final-epochs", type=int, help="epochs of the training after the last round; 0: none (default: the profile's)"
+    )
+    parser.add_argument(
+        "--pseudo-per-batch",
+        type=float,
+        default=_DEFAULTS.pseudo_per_batch,
+        help="share of pseudo-labelled samples in a batch (default: %(default)s)",
+    )
     parser.add_argument("--branch", help="name of a new run beside an earlier one with other options")
     parser.add_argument("--seed", type=int, default=_DEFAULTS.seed)
     parser.add_argument("--device", "-device", default=_DEFAULTS.device, choices=["auto", "cpu", "cuda", "mps"])

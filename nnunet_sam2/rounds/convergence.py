@@ -81,11 +81,7 @@ def stop_reason(
     seen = [r.validation_dice for r in rounds if r.validation_dice is not None]
     if last.number > 0 and last.validation_dice is not None and max(seen) - last.validation_dice > validation_drop:
         return StopReason.VALIDATION_FELL
-    if (
-        last.change is not None
-        and last.change.mean <= mean_change
-        and last.change.worst_tenth <= worst_tenth_change
-    ):
+    if last.change is not None and last.change.mean <= mean_change and last.change.worst_tenth <= worst_tenth_change:
         return StopReason.CONVERGED
     if last.number >= round_limit:
         return StopReason.ROUND_LIMIT

@@ -9,12 +9,13 @@ from nnunet_sam2.cohort.splits import make_splits
 from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import say
+from nnunet_sam2.rounds.context import RunContext, load_labeller
 from nnunet_sam2.rounds.convergence import RoundOutcome, StopReason, best_round, stop_reason
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, Ledger
 from nnunet_sam2.rounds.lock import only_run
 from nnunet_sam2.rounds.options import RunOptions, describe_difference
 from nnunet_sam2.rounds.pseudo_labels import Fused
-from nnunet_sam2.rounds.stages import Stages, Student, load_labeller
+from nnunet_sam2.rounds.stages import Stages, Student
 from nnunet_sam2.rounds.state import RunState, read_state, run_folder, state_of_events
 from nnunet_sam2.storage import read_json, remove_temporary_files
 
@@ -34,7 +35,7 @@ def run_loop(folders: DatasetFolders, options: RunOptions) -> RunState:
         ledger = Ledger(folder)
         _remember_options(ledger, folder, options)
         remove_temporary_files(folder)
-        stages = Stages(folders=folders, cohort=cohort, options=options, ledger=ledger, folder=folder)
+        stages = Stages(RunContext(folders=folders, cohort=cohort, options=options, ledger=ledger, folder=folder))
         _alternate(stages, options, ledger)
     return read_state(folders, options.run_name)
 
@@ -65,9 +66,7 @@ def _alternate(stages: Stages, options: RunOptions, ledger: Ledger) -> None:
             break
         stages.make_data(number, labels=labels)
         student = students[number] = stages.train(number, warm_start=student)
-        outcomes.append(
-            RoundOutcome(number=number, change=labels.change, validation_dice=student.validation_dice)
-        )
+        outcomes.append(RoundOutcome(number=number, change=labels.change, validation_dice=student.validation_dice))
         say(_describe(outcomes[-1], options))
         reason = stop_reason(
             outcomes,

@@ -66,9 +66,7 @@ class Fused:
             used_cases=tuple(value["used_cases"]),
             left_out=dict(value["left_out"]),
             change=change
-            and Change(
-                by_case=_int_keys(change["by_case"]), mean=change["mean"], worst_tenth=change["worst_tenth"]
-            ),
+            and Change(by_case=_int_keys(change["by_case"]), mean=change["mean"], worst_tenth=change["worst_tenth"]),
             quality=_int_keys(value["quality"]),
             voxels=_int_keys(value["voxels"]),
             confidence=dict(value["confidence"]),

@@ -1,0 +1,137 @@
+"""What all stages of a run share: its cohort, options and folders, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nnunet_sam2.cohort.cohort import Cohort
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.labelling.registry import make_strategy
+from nnunet_sam2.progress import say
+from nnunet_sam2.rounds import nnunet
+from nnunet_sam2.rounds.ledger import Ledger
+from nnunet_sam2.rounds.options import RunOptions
+from nnunet_sam2.storage import file_hash, read_json
+from nnunet_sam2.trainers.settings import RoundSettings
+
+
+def load_labeller(options: RunOptions, cache_dir: Path | None) -> Any:
+    """Load SAM 2 as the options say; raise `InputError` where it cannot serve the strategy."""
+    from nnunet_sam2.sam2.backend import load_backend
+
+    strategy = make_strategy(options.strategy, options.strategy_options)
+    backend = load_backend(
+        options.sam2,
+        device=options.device,
+        image_size=options.image_size,
+        cache_dir=cache_dir,
+        threads=options.threads,
+    )
+    if strategy.needs_memory and not backend.spec.has_memory:
+        raise InputError(
+            f"strategy {options.strategy} needs SAM 2's video memory, which {options.sam2} does not hold; "
+            "use --strategy transfer or a whole checkpoint"
+        )
+    return backend
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RunContext:
+    """Hold a run and answer what its stages ask about it."""
+
+    folders: DatasetFolders
+    cohort: Cohort
+    options: RunOptions
+    ledger: Ledger
+    folder: Path
+    """The run's own folder, with the ledger, logs, labels and predictions."""
+
+    @property
+    def logs(self) -> Path:
+        """Return the folder of log files."""
+        return self.folder / "logs"
+
+    @cached_property
+    def backend(self) -> Any:
+        """Load SAM 2, once, with its embeddings kept under the results of the dataset."""
+        backend = load_labeller(self.options, self.folders.results / "nnunet_sam2" / "embeddings")
+        say(f"SAM 2: {backend.spec.origin}")
+        return backend
+
+    @cached_property
+    def sam2_identity(self) -> str:
+        """Return what identifies the checkpoint: its file's hash, or its name."""
+        path = Path(self.options.sam2)
+        return file_hash(path) if path.is_file() else self.options.sam2
+
+    @cached_property
+    def human_label_hashes(self) -> dict[str, str]:
+        """Hash the human label files that may be learned from."""
+        return {c.case_id: file_hash(self.cohort.label_path(c)) for c in self.cohort.labelled}
+
+    @cached_property
+    def validation_ids(self) -> list[str]:
+        """Return the fold's held-out labelled cases; none for fold ``all``."""
+        if self.fold == "all":
+            return []
+        return list(self._done("setup/plan")["info"]["folds"][int(self.fold)]["val"])
+
+    @cached_property
+    def support_ids(self) -> list[str]:
+        """Return the labelled cases that prompt SAM 2."""
+        labelled = [c.case_id for c in self.cohort.labelled]
+        if self.options.supports == "all":
+            return labelled
+        return [case_id for case_id in labelled if case_id not in set(self.validation_ids)]
+
+    @property
+    def fold(self) -> int | str:
+        """Return the fold as nnU-Net takes it."""
+        return self.options.fold if self.options.fold == "all" else int(self.options.fold)
+
+    @cached_property
+    def plans(self) -> Mapping[str, Any]:
+        """Return nnU-Net's plans of the dataset."""
+        plans: Mapping[str, Any] = read_json(self.folders.preprocessed / f"{nnunet.PLANS}.json")
+        return plans
+
+    @cached_property
+    def overrides(self) -> Mapping[str, Any] | None:
+        """Return what the profile changes in the planned configuration."""
+        if self.options.profile != "cpu":
+            return None
+        return nnunet.light_configuration(self.plans, self.options.configuration)
+
+    def settings(self, number: int, *, final: bool) -> RoundSettings:
+        """Return the settings of a round's training."""
+        settings = self.options.training(nnunet.light_settings(self.plans, self.options.configuration), final=final)
+        warm_start = None
+        if number > (1 if self.options.skip_baseline else 0) and not final:
+            before = self.options.round_configuration(number - 1)
+            folder = nnunet.model_folder(self.folders, before) / f"fold_{self.fold}"
+            warm_start = str((folder / "checkpoint_final.pth").relative_to(self.folders.results))
+        return replace(
+            settings,
+            seed=self.options.seed + number,
+            warm_start=warm_start,
+            pseudo_per_batch=self.options.pseudo_per_batch if number > 0 else None,
+        )
+
+    def round_folder(self, number: int) -> Path:
+        """Return the folder of a round."""
+        return self.folder / f"r{number:02d}"
+
+    def digest(self, stage: str) -> str:
+        """Return the digest of a stage that was done."""
+        return str(self._done(stage)["digest"])
+
+    def _done(self, stage: str) -> dict[str, Any]:
+        for event in reversed(self.ledger.events):
+            if event["event"] == "done" and event["stage"] == stage:
+                return event
+        raise InputError(f"{self.ledger.path} lacks the stage {stage}; restore the file or start anew with --branch")
