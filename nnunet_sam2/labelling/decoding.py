@@ -5,7 +5,7 @@ Shape letters: K classes, C channels (background first), h w pixels of a map tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,8 +135,3 @@ def _deepest(mask_hw: np.ndarray) -> np.ndarray:
     depth_hw = distance_transform_edt(np.pad(mask_hw, 1))[1:-1, 1:-1]
     row, column = np.unravel_index(int(depth_hw.argmax()), depth_hw.shape)
     return np.array([column + 0.5, row + 0.5], np.float32)
-
-
-def shares_json(shares: Mapping[int, float], class_values: Sequence[int]) -> dict[str, float]:
-    """Return the decoder's share of each class for a record."""
-    return {str(value): float(shares.get(k, 0.0)) for k, value in enumerate(class_values)}

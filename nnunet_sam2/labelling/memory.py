@@ -1,6 +1,6 @@
 """Support slices as a memory of labelled locations.
 
-Shape letters: N slices, H W embedding grid, P = H W locations of a slice, F features, C channels (background first).
+Shape letters: N slices, P locations of a slice, M locations of several, F features, C channels (background first).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LEAST_JUDGED = 0.5
 """Part of a cell that a human must have judged for the cell to count as evidence."""
 
 _POOLED = 4
-_KEPT_SLICES = 512
+_KEPT_LOCATIONS = 2**19
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,19 +30,23 @@ class Place:
     position_weight: float
     slice_weight: float
 
+    def scale(self, features: int) -> torch.Tensor:
+        """Return the factors for vectors as `slice_features` gives them."""
+        coordinates = torch.tensor([self.position_weight, self.position_weight, self.slice_weight])
+        return torch.cat([torch.ones(features - len(coordinates)), coordinates])
 
-def slice_features(embeddings: Embeddings, index: int, place: Place) -> torch.Tensor:
-    """Return a slice's locations as unit-length embeddings with weighted coordinates appended, (P, F + 3) float32.
 
-    The coordinates are the in-plane position (row, column) and the slice's relative position in the volume.
+def slice_features(embeddings: Embeddings, index: int) -> torch.Tensor:
+    """Return a slice's locations as unit-length embeddings with coordinates appended, (P, F + 3) float32.
+
+    The coordinates are the in-plane position (row, column) and the slice's relative position in the volume, 0 to 1.
     """
     top = embeddings.top(index).cpu()
     features, height, width = top.shape
     appearance_pf = normalize(top.reshape(features, -1).T, dim=1)
     rows, columns = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
-    position_p2 = torch.cartesian_prod(rows, columns) * place.position_weight
-    depth_p1 = torch.full((len(appearance_pf), 1), place.slice_weight * (index + 0.5) / len(embeddings))
-    return torch.cat([appearance_pf, position_p2, depth_p1], dim=1)
+    depth_p1 = torch.full((len(appearance_pf), 1), (index + 0.5) / len(embeddings))
+    return torch.cat([appearance_pf, torch.cartesian_prod(rows, columns), depth_p1], dim=1)
 
 
 def slice_descriptors(embeddings: Embeddings) -> torch.Tensor:
@@ -54,28 +58,29 @@ def slice_descriptors(embeddings: Embeddings) -> torch.Tensor:
 class SupportMemory:
     """Offer the labelled locations of the support slices that resemble a query slice."""
 
-    def __init__(self, supports: Sequence[Support], class_values: tuple[int, ...], place: Place) -> None:
+    def __init__(self, supports: Sequence[Support], class_values: tuple[int, ...]) -> None:
         self._supports = list(supports)
         self._class_values = class_values
-        self._place = place
         self._origin = [(s, n) for s, support in enumerate(self._supports) for n in range(len(support.frames))]
         self._depth_n = torch.tensor([(n + 0.5) / len(self._supports[s].frames) for s, n in self._origin])
         self._descriptors_nf = torch.cat([slice_descriptors(support.embeddings) for support in self._supports])
+        self._locations = int(self._supports[0].embeddings.top(0).shape[1:].numel())
         self._cells: dict[int, np.ndarray] = {}
         self._slices: OrderedDict[int, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._origin)
+    def choose(
+        self, descriptor_f: torch.Tensor, depth: float, entries: int, *, without: int | None = None
+    ) -> list[int]:
+        """Choose the slices that look most like the query slice at a like relative position, ascending.
 
-    def choose(self, descriptor_f: torch.Tensor, depth: float, count: int, *, without: int | None = None) -> list[int]:
-        """Choose the ``count`` slices that look most like the query slice at a like relative position, ascending.
-
-        ``without`` leaves out one support, by its place in the list.
+        As many as have ``entries`` locations together, at least one. ``without`` leaves out one support, by its place
+        in the list.
         """
         score_n = self._descriptors_nf @ descriptor_f - (self._depth_n - depth).square()
         if without is not None:
             score_n[torch.tensor([s == without for s, _ in self._origin])] = -torch.inf
         allowed = int(torch.isfinite(score_n).sum())
+        count = max(1, entries // self._locations)
         return sorted(score_n.topk(min(count, allowed)).indices.tolist())
 
     def rows(self, slices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,22 +91,17 @@ class SupportMemory:
         parts = [self._slice(number) for number in slices]
         return torch.cat([features for features, _ in parts]), torch.cat([labels for _, labels in parts])
 
-    def origin(self, number: int) -> tuple[str, int]:
-        """Return the case and slice that an entry of `choose` stands for."""
-        s, n = self._origin[number]
-        return self._supports[s].case_id, n
-
     def _slice(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         found = self._slices.get(number)
         if found is None:
             s, n = self._origin[number]
-            features_pf = slice_features(self._supports[s].embeddings, n, self._place)
+            features_pf = slice_features(self._supports[s].embeddings, n)
             labels_pc = torch.from_numpy(self._soft_labels(s)[n].reshape(len(self._class_values) + 1, -1).T.copy())
             judged_p = labels_pc.sum(dim=1)
             kept = judged_p >= LEAST_JUDGED
             found = features_pf[kept], labels_pc[kept] / judged_p[kept, None]
             self._slices[number] = found
-            if len(self._slices) > _KEPT_SLICES:
+            if len(self._slices) * self._locations > _KEPT_LOCATIONS:
                 self._slices.popitem(last=False)
         self._slices.move_to_end(number)
         return found

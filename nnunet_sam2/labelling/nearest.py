@@ -12,20 +12,13 @@ _BLOCK_ENTRIES = 4096
 _GROUP = 64
 
 
-def nearest_labels(
-    query_pf: torch.Tensor,
-    memory_mf: torch.Tensor,
-    labels_mc: torch.Tensor,
-    *,
-    neighbours: int,
-    temperature: float,
-) -> torch.Tensor:
-    """Average the soft labels of each location's nearest memory entries; (P, C) float32.
+def nearest(query_pf: torch.Tensor, memory_mf: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find each location's ``count`` nearest memory entries by Euclidean distance.
 
-    The weight of a neighbour falls with its squared Euclidean distance d² beyond that of the nearest,
-    exp(-(d² - d²_nearest) / temperature). Same result as `nearest_labels_slow`, up to the rounding of sums.
+    Returns squared distances beyond the nearest entry's and the entries' numbers, both (P, count), nearest first.
+    Blocked: no more than a few thousand entries are compared at a time.
     """
-    count = min(neighbours, memory_mf.shape[0])
+    count = min(count, memory_mf.shape[0])
     # ||q - m||² without ||q||², which is the same for all entries of a location.
     norms_m = memory_mf.square().sum(dim=1)
     best_pk = torch.empty((query_pf.shape[0], 0))
@@ -36,24 +29,31 @@ def nearest_labels(
         values, indices = smallest(distance_pm, min(count, len(block_mf)))
         best_pk = torch.cat([best_pk, values], dim=1)
         index_pk = torch.cat([index_pk, indices + start], dim=1)
-        if best_pk.shape[1] > count:
-            best_pk, chosen = best_pk.topk(count, dim=1, largest=False)
-            index_pk = torch.gather(index_pk, 1, chosen)
-    weight_pk = torch.softmax(-(best_pk - best_pk.amin(dim=1, keepdim=True)) / temperature, dim=1)
-    return torch.einsum("pk,pkc->pc", weight_pk, labels_mc[index_pk])
+        best_pk, chosen = best_pk.topk(min(count, best_pk.shape[1]), dim=1, largest=False)
+        index_pk = torch.gather(index_pk, 1, chosen)
+    return best_pk - best_pk[:, :1], index_pk
 
 
-def nearest_labels_slow(
-    query_pf: torch.Tensor, memory_mf: torch.Tensor, labels_mc: torch.Tensor, *, neighbours: int, temperature: float
-) -> torch.Tensor:
-    """Do what `nearest_labels` does, location by location, as the definition reads."""
-    rows = []
+def vote(excess_pk: torch.Tensor, labels_pkc: torch.Tensor, sharpness: float) -> torch.Tensor:
+    """Average the neighbours' soft labels, (P, C): a vote falls to 1/e at ``sharpness`` times the usual spread.
+
+    ``excess_pk`` are squared distances beyond the nearest neighbour's. The usual spread is the mean over locations of
+    the farthest neighbour's excess, so that the rule does not depend on how far apart a model's embeddings lie.
+    """
+    spread = excess_pk[:, -1].mean().clamp_min(1e-12)
+    weight_pk = torch.softmax(-excess_pk / (sharpness * spread), dim=1)
+    return torch.einsum("pk,pkc->pc", weight_pk, labels_pkc)
+
+
+def nearest_slow(query_pf: torch.Tensor, memory_mf: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what `nearest` does, location by location, as the definition reads."""
+    excess, numbers = [], []
     for query_f in query_pf:
         distance_m = (memory_mf - query_f).square().sum(dim=1)
-        nearest = torch.argsort(distance_m)[:neighbours]
-        weight_k = torch.exp(-(distance_m[nearest] - distance_m[nearest[0]]) / temperature)
-        rows.append((weight_k[:, None] * labels_mc[nearest]).sum(dim=0) / weight_k.sum())
-    return torch.stack(rows)
+        order = torch.argsort(distance_m)[:count]
+        excess.append(distance_m[order] - distance_m[order[0]])
+        numbers.append(order)
+    return torch.stack(excess), torch.stack(numbers)
 
 
 def smallest(values_pm: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,72 +1,83 @@
 """Label transfer: each location of a query takes the label of its nearest support locations.
 
-Shape letters: N slices, C channels (background first), K classes, G embedding grid, h w pixels of a working map.
+Shape letters: N slices, C channels (background first), K classes, h w pixels of a working map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch.nn.functional import interpolate
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.labelling.decoding import PromptKinds, decode_map, put_in, shares_json
+from nnunet_sam2.labelling.decoding import PromptKinds, decode_map, put_in
 from nnunet_sam2.labelling.leave_one_out import DiceTable, best_choices
 from nnunet_sam2.labelling.member import Member
-from nnunet_sam2.labelling.memory import Place, SupportMemory, slice_descriptors, slice_features
-from nnunet_sam2.labelling.nearest import nearest_labels, snap_to_edges
+from nnunet_sam2.labelling.memory import SupportMemory, slice_descriptors, slice_features
+from nnunet_sam2.labelling.recipe import NEIGHBOURS, Recipe, candidate_recipes, choose_recipe, soft_maps
 from nnunet_sam2.labelling.slice_check import SliceDice, check_slices
 from nnunet_sam2.labelling.strategy import Query, Support
 from nnunet_sam2.progress import track
 from nnunet_sam2.sam2.protocol import Sam2Backend
 
-_PIXELS_PER_CELL = 8
-"""Resolution of the working map: finer than this, the frames only repeat the voxels of usual slices."""
-
 _KINDS = PromptKinds(box=True, points=False, mask=True)
 _SHARES = {"map": 0.0, "mean": 0.5, "decoder": 1.0}
 """How far a class's map moves towards the decoder's answer, by the name of the choice."""
 
+_CHECKED_CASES = 8
+_VOXELS_FOR_EDGES = 4.0
+"""Voxels along an embedding cell from which on a cell hides edges that the image shows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TransferOptions:
-    """Say how labels are transferred; the defaults were chosen on held-out labelled cases of three data sets."""
+    """Say how labels are transferred; what is None is chosen on the labelled cases, each left out in turn."""
 
-    neighbours: int = 60
+    neighbours: int = NEIGHBOURS
     """How many nearest memory entries vote on a location."""
-    temperature: float = 0.05
-    """Squared distance beyond the nearest entry's at which a vote has fallen to 1/e."""
-    position_weight: float = 1.5
+    memory_entries: int = 40960
+    """Support locations that a query slice is compared with, from the most similar slices at a like position.
+
+    Bounds time and memory whatever the number of supports: 40 slices at 512 pixels, 160 at 256.
+    """
+    position_weight: float | None = None
     """Factor on the in-plane position (0 to 1) beside the unit-length embedding."""
-    slice_weight: float = 1.0
+    slice_weight: float | None = None
     """Factor on the slice's relative position (0 to 1)."""
-    memory_slices: int = 40
-    """Support slices that a query slice is compared with: the most similar ones at a like position."""
-    edge_radius: float = 1.0
+    sharpness: float | None = None
+    """How fast votes fall with distance: smaller is faster; see `vote`."""
+    edge_radius: float | None = None
     """Reach of the edge filter in embedding cells; 0 leaves it out."""
-    edge_softness: float = 1e-3
-    """Variance of intensity (0 to 1, squared) below which the edge filter sees no edge."""
     decoder: str = "checked"
     """``checked``: SAM 2's decoder redraws the classes for which that helped on labelled cases; ``off``: never."""
-    check_slices: int = 10
-    """Slices of each labelled case on which the decoder is checked."""
+    check_slices: int = 24
+    """Slices of labelled cases, all together, on which choices are made; 0 makes none and takes the defaults."""
 
     def __post_init__(self) -> None:
-        for name in ("neighbours", "memory_slices", "check_slices"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, least in (("neighbours", 1), ("memory_entries", 1), ("check_slices", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         for name in ("position_weight", "slice_weight", "edge_radius"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("temperature", "edge_softness"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name}={value} must not be negative")
+        if self.sharpness is not None and not self.sharpness > 0:
+            raise ValueError(f"sharpness={self.sharpness} must be positive")
         if self.decoder not in ("checked", "off"):
             raise ValueError(f"decoder={self.decoder}: choose checked or off")
+
+    @property
+    def fixed(self) -> dict[str, float | None]:
+        """Return the numbers of a recipe that the user has set."""
+        return {
+            "position_weight": self.position_weight,
+            "slice_weight": self.slice_weight,
+            "sharpness": self.sharpness,
+            "edge_radius": self.edge_radius,
+        }
 
 
 class Transfer:
@@ -74,8 +85,8 @@ class Transfer:
 
     Every location of a slice, described by its normalised embedding, its in-plane position and the slice's relative
     position, takes the mean soft label of its nearest locations in the support slices. The map is then fitted to the
-    edges of the image (`snap_to_edges`). For the classes that gain by it on labelled cases, each left out in turn, SAM
-    2's decoder redraws the map from a box and mask prompt. Needs no video memory.
+    edges of the image (`snap_to_edges`). For the classes that gain by it on labelled cases, SAM 2's decoder redraws the
+    map from a box and mask prompt. Needs no video memory.
     """
 
     name: ClassVar[str] = "transfer"
@@ -83,7 +94,8 @@ class Transfer:
 
     def __init__(self, options: TransferOptions | None = None) -> None:
         self._options = options or TransferOptions()
-        self._rows: dict[str, dict[str, DiceTable]] = {}
+        self._recipe_rows: dict[str, dict[str, DiceTable]] = {}
+        self._decoder_rows: dict[str, dict[str, DiceTable]] = {}
         self._memory: tuple[tuple[Any, ...], SupportMemory] | None = None
 
     @property
@@ -94,21 +106,28 @@ class Transfer:
     def prepare(
         self, supports: Sequence[Support], class_values: tuple[int, ...], backend: Sam2Backend
     ) -> dict[str, Any]:
-        """Check on the labelled cases, each left out in turn, whether the decoder helps; see `Prepares`.
+        """Choose the recipe and the decoder's share on labelled cases, each left out in turn; see `Prepares`.
 
-        With one support nothing can be checked, and the decoder is not used.
+        With one support nothing can be checked: the defaults are taken, and the decoder is not used.
         """
-        self._rows = {}
-        if self._options.decoder == "checked" and len(supports) > 1:
+        self._recipe_rows, self._decoder_rows = {}, {}
+        if self._options.check_slices and len(supports) > 1:
             memory = self._memory_of(supports, class_values)
-            for s, support in track(list(enumerate(supports)), what="checking the decoder", total=len(supports)):
-                self._rows[support.case_id] = self._check(s, support, memory, class_values, backend)
-        return {
-            "decoder_check": {
-                case_id: {name: {str(v): d for v, d in table.items()} for name, table in row.items()}
-                for case_id, row in self._rows.items()
-            }
-        }
+            chosen = np.linspace(0, len(supports) - 1, min(_CHECKED_CASES, len(supports))).round().astype(int)
+            checked = [(int(s), supports[s]) for s in dict.fromkeys(chosen.tolist())]
+            recipes = list(dict.fromkeys([*self._candidates, self._default(supports[0])]))
+            if len(recipes) > 1:
+                for s, support in track(checked, what="choosing the recipe", total=len(checked)):
+                    self._recipe_rows[support.case_id] = self._check_recipes(
+                        s, support, memory, class_values, recipes, len(checked)
+                    )
+            if self._options.decoder == "checked":
+                recipe = self._recipe(supports[0], class_values)
+                for s, support in track(checked, what="checking the decoder", total=len(checked)):
+                    self._decoder_rows[support.case_id] = self._check_decoder(
+                        s, support, memory, class_values, recipe, len(checked), backend
+                    )
+        return {"recipe_check": _text_keys(self._recipe_rows), "decoder_check": _text_keys(self._decoder_rows)}
 
     def members(
         self,
@@ -122,13 +141,14 @@ class Transfer:
         if not supports:
             raise InputError(f"case {query.case_id} has no support to take labels from")
         memory = self._memory_of(supports, class_values)
-        choices = best_choices(self._rows, class_values, default="map", without=query.case_id)
+        recipe = self._recipe(supports[0], class_values, without=query.case_id)
+        choices = best_choices(self._decoder_rows, class_values, default="map", without=query.case_id)
         shares = {k: _SHARES[choices[value]] for k, value in enumerate(class_values)}
         descriptors_nf = slice_descriptors(query.embeddings)
 
         def maps() -> Iterator[torch.Tensor]:
             for n in range(len(query.frames)):
-                prob_chw = self._slice_map(query, n, descriptors_nf[n], memory)
+                prob_chw = self._maps(query, n, descriptors_nf[n], memory, [recipe])[recipe]
                 if any(shares.values()):
                     decoded = decode_map(backend, query.embeddings, n, prob_chw, _KINDS)
                     prob_chw = put_in(prob_chw, decoded, shares)
@@ -141,57 +161,98 @@ class Transfer:
             background_zyx=prob_czyx[0],
             record={
                 "supports": [support.case_id for support in supports],
-                "memory_slices": min(self._options.memory_slices, len(memory)),
-                "decoder_share": shares_json(shares, class_values),
+                "recipe": asdict(recipe),
+                "decoder_share": {str(value): shares[k] for k, value in enumerate(class_values)},
                 "prompts": asdict(_KINDS) if any(shares.values()) else None,
             },
         )
 
-    def _slice_map(
-        self, query: Query, n: int, descriptor_f: torch.Tensor, memory: SupportMemory, *, without: int | None = None
-    ) -> torch.Tensor:
-        """Return the soft map of one slice, (C, h, w), summing to one."""
-        options = self._options
+    def _maps(
+        self,
+        query: Query,
+        n: int,
+        descriptor_f: torch.Tensor,
+        memory: SupportMemory,
+        recipes: Sequence[Recipe],
+        *,
+        without: int | None = None,
+    ) -> dict[Recipe, torch.Tensor]:
+        """Return the soft map of one slice by each recipe, (C, h, w), summing to one."""
         depth = (n + 0.5) / len(query.frames)
-        chosen = memory.choose(descriptor_f, depth, options.memory_slices, without=without)
+        chosen = memory.choose(descriptor_f, depth, self._options.memory_entries, without=without)
         memory_mf, labels_mc = memory.rows(chosen)
         if not len(memory_mf):
             raise InputError(f"the supports have no judged voxel to label case {query.case_id} from")
-        query_pf = slice_features(query.embeddings, n, self._place)
-        label_pc = nearest_labels(
-            query_pf, memory_mf, labels_mc, neighbours=options.neighbours, temperature=options.temperature
-        )
-        grid = round(len(label_pc) ** 0.5)
-        side = grid * _PIXELS_PER_CELL
-        prob_cgg = label_pc.T.reshape(1, -1, grid, grid)
-        prob_chw = interpolate(prob_cgg, size=(side, side), mode="bilinear", align_corners=False)[0]
-        radius = round(options.edge_radius * _PIXELS_PER_CELL)
-        if radius < 1:
-            return prob_chw
-        image_hw = torch.from_numpy(query.frames.image(n)).mean(dim=0)
-        guide = interpolate(image_hw[None, None], size=(side, side), mode="bilinear", antialias=True)[0, 0]
-        return snap_to_edges(prob_chw, guide, radius=radius, softness=options.edge_softness)
+        query_pf = slice_features(query.embeddings, n)
+        image_3ss = query.frames.image(n)
+        return soft_maps(query_pf, memory_mf, labels_mc, image_3ss, recipes, neighbours=self._options.neighbours)
 
-    def _check(
-        self, s: int, support: Support, memory: SupportMemory, class_values: tuple[int, ...], backend: Sam2Backend
+    def _check_recipes(
+        self,
+        s: int,
+        support: Support,
+        memory: SupportMemory,
+        class_values: tuple[int, ...],
+        recipes: Sequence[Recipe],
+        cases: int,
     ) -> dict[str, DiceTable]:
-        query = support.as_query()
+        query, scores = support.as_query(), {recipe: SliceDice(class_values) for recipe in recipes}
         descriptors_nf = slice_descriptors(query.embeddings)
-        scores = {name: SliceDice(class_values) for name in _SHARES}
-        for n in check_slices(support, class_values, self._options.check_slices):
-            prob_chw = self._slice_map(query, n, descriptors_nf[n], memory, without=s)
+        for n in self._slices(support, class_values, cases):
+            for recipe, prob_chw in self._maps(query, n, descriptors_nf[n], memory, recipes, without=s).items():
+                scores[recipe].add(support, n, prob_chw)
+        return {recipe.name: score.table() for recipe, score in scores.items()}
+
+    def _check_decoder(
+        self,
+        s: int,
+        support: Support,
+        memory: SupportMemory,
+        class_values: tuple[int, ...],
+        recipe: Recipe,
+        cases: int,
+        backend: Sam2Backend,
+    ) -> dict[str, DiceTable]:
+        query, scores = support.as_query(), {name: SliceDice(class_values) for name in _SHARES}
+        descriptors_nf = slice_descriptors(query.embeddings)
+        for n in self._slices(support, class_values, cases):
+            prob_chw = self._maps(query, n, descriptors_nf[n], memory, [recipe], without=s)[recipe]
             decoded = decode_map(backend, query.embeddings, n, prob_chw, _KINDS)
             for name, share in _SHARES.items():
                 redrawn = put_in(prob_chw, decoded, dict.fromkeys(range(len(class_values)), share))
                 scores[name].add(support, n, redrawn)
         return {name: score.table() for name, score in scores.items()}
 
+    def _slices(self, support: Support, class_values: tuple[int, ...], cases: int) -> list[int]:
+        return check_slices(support, class_values, max(3, self._options.check_slices // cases))
+
     @property
-    def _place(self) -> Place:
-        return Place(position_weight=self._options.position_weight, slice_weight=self._options.slice_weight)
+    def _candidates(self) -> list[Recipe]:
+        return candidate_recipes(self._options.fixed)
+
+    def _recipe(self, support: Support, class_values: tuple[int, ...], *, without: str | None = None) -> Recipe:
+        default = self._default(support)
+        if not set(self._recipe_rows) - {without}:
+            return default
+        return choose_recipe(self._recipe_rows, self._candidates, default, class_values, without=without)
+
+    def _default(self, support: Support) -> Recipe:
+        """Return what is taken where nothing can be checked; any labelled case tells how large a cell is in voxels."""
+        grid = int(support.embeddings.top(0).shape[-1])
+        hidden = min(support.frames.slice_shape_hw) / grid >= _VOXELS_FOR_EDGES
+        default = Recipe() if hidden else replace(Recipe(), edge_radius=0.0)
+        return replace(default, **{key: value for key, value in self._options.fixed.items() if value is not None})
 
     def _memory_of(self, supports: Sequence[Support], class_values: tuple[int, ...]) -> SupportMemory:
+        # The memory holds the supports, so that their ids cannot be taken over by others.
         key = (class_values, *(id(support) for support in supports))
         if self._memory is None or self._memory[0] != key:
-            self._memory = (key, SupportMemory(supports, class_values, self._place))
+            self._memory = (key, SupportMemory(supports, class_values))
         return self._memory[1]
+
+
+def _text_keys(rows: Mapping[str, Mapping[str, DiceTable]]) -> dict[str, dict[str, dict[str, float | None]]]:
+    return {
+        case_id: {name: {str(value): dice for value, dice in table.items()} for name, table in row.items()}
+        for case_id, row in rows.items()
+    }
