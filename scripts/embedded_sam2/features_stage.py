@@ -67,7 +67,7 @@ def train_features(model: Any, shards: Shards, settings: FeatureSettings, folder
     basis = state.extra["basis"]
     targets = torch.einsum("nchw,cd->ndhw", torch.cat([f for _, f in data]).float(), basis).half()
     variance = float(targets.float().var(dim=(0, 2, 3)).sum())
-    validation = Validation(shards, count=8)
+    validation = Validation(shards, count=8, held_out=settings.shards, basis=basis)
     if step == 0:
         state.log(0, **validation.score(encoder, device))
     last_save = state.seconds
@@ -81,9 +81,7 @@ def train_features(model: Any, shards: Shards, settings: FeatureSettings, folder
         x = model_input(images[chosen].to(device).float() / 255)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             answer = _coarse(encoder, x, frozen=frozen)
-        answer = answer.float()
-        error = ((answer - target) ** 2).sum(dim=1).mean() / variance
-        angle = 1 - cosine_similarity(answer, target, dim=1).mean()
+        error, angle = _distance(answer.float(), target, variance)
         optimizer.zero_grad(set_to_none=True)
         (error + angle).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -105,28 +103,47 @@ def train_features(model: Any, shards: Shards, settings: FeatureSettings, folder
 
 
 class Validation:
-    """Score features by how they carry labels between synthetic subjects that training never sees."""
+    """Score features on what training never sees.
 
-    def __init__(self, shards: Shards, *, count: int) -> None:
+    Label transfer between subjects of families drawn apart is what the features are for; the distance from the
+    teacher's on a shard held out tells learning from memorising.
+    """
+
+    def __init__(self, shards: Shards, *, count: int, held_out: int, basis: torch.Tensor) -> None:
         size = shards.settings.size
         self._families = [
             draw_family(np.random.default_rng([9999, index]), subjects=3, slices=5, size=size, new_contrast=0.0)
             for index in range(count)
         ]
+        self._images, features = shards.get(held_out)
+        self._targets = torch.einsum("nchw,cd->ndhw", features.float(), basis)
+        self._variance = float(self._targets.var(dim=(0, 2, 3)).sum())
 
     @torch.no_grad()
     def score(self, encoder: Any, device: torch.device) -> dict[str, float]:
-        """Return the mean Dice over families and labels, two supports each."""
+        """Return the mean Dice over families and labels, two supports each, and the held-out distances."""
+
+        def encode(images_nss: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                coarse: torch.Tensor = encoder(model_input(images_nss.to(device)))["backbone_fpn"][2]
+            return coarse.float().cpu()
+
         dice: list[float] = []
         for family in self._families:
-            features = []
-            for case in family:
-                x = model_input(torch.from_numpy(case.image_nss).to(device))
-                with torch.autocast(device.type, dtype=torch.bfloat16):
-                    features.append(encoder(x)["backbone_fpn"][2].float().cpu())
+            features = [encode(torch.from_numpy(case.image_nss)) for case in family]
             labels = [case.labels_nss for case in family]
             dice += transfer_dice(features[0], labels[0], features[1:], labels[1:], least_pixels=1000)
-        return {"transfer_dice": float(np.mean(dice))}
+        answers = [encode(images.float() / 255) for images in self._images.split(16)]
+        error, angle = _distance(torch.cat(answers), self._targets, self._variance)
+        return {"transfer_dice": float(np.mean(dice)), "val_error": float(error), "val_angle": float(angle)}
+
+
+def _distance(
+    answer_nchw: torch.Tensor, target_nchw: torch.Tensor, variance: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the part of the targets' variance that is missed, and one minus the mean cosine."""
+    error = ((answer_nchw - target_nchw) ** 2).sum(dim=1).mean() / variance
+    return error, 1 - cosine_similarity(answer_nchw, target_nchw, dim=1).mean()
 
 
 def _start_from_teacher(
