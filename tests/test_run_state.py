@@ -162,8 +162,10 @@ def test_the_cpu_profile_trains_with_the_light_schedule_and_has_no_last_training
     assert not options.has_final
 
 
-def test_the_students_quality_is_its_agreement_with_sam2_corrected_by_validation() -> None:
-    guess = estimate_student_quality(validation={}, validation_cases=0, agreement={1: 0.4})
-    assert guess == {1: 0.4}
-    corrected = estimate_student_quality(validation={1: 0.7}, validation_cases=2, agreement={1: 0.4, 2: 0.3})
+def test_the_students_quality_is_guessed_with_caution_and_corrected_by_validation() -> None:
+    guess = estimate_student_quality(sam2_quality={1: 0.5}, validation={}, validation_cases=0, agreement={1: 0.8})
+    assert guess == pytest.approx({1: 0.4})
+    corrected = estimate_student_quality(
+        sam2_quality={1: 0.5, 2: 1.0}, validation={1: 0.7}, validation_cases=2, agreement={1: 0.8, 2: 0.3}
+    )
     assert corrected == pytest.approx({1: 0.6, 2: 0.3})

@@ -75,19 +75,25 @@ class Fused:
 
 
 def estimate_student_quality(
-    *, validation: Mapping[int, float], validation_cases: int, agreement: Mapping[int, float]
+    *,
+    sam2_quality: Mapping[int, float],
+    validation: Mapping[int, float],
+    validation_cases: int,
+    agreement: Mapping[int, float],
 ) -> dict[int, float]:
     """Estimate the student's Dice on unlabelled cases, a class.
 
-    Its Dice with SAM 2's labels, in the place of the truth, counts as one validation case among those that there are.
-    Where SAM 2 is the better of the two that comes close to the truth; where the student is, it errs on the safe side.
+    What is known without a held-out label: where it agrees with SAM 2 it is right at least as often as SAM 2 is. So its
+    Dice with SAM 2's labels, times theirs with the truth, is a cautious guess, which counts as one validation case among
+    those that there are. (Agreement by itself took the student for as good as its teacher; divided by SAM 2's quality,
+    for better.)
     """
-    return {
-        value: (validation_cases * validation[value] + agreed) / (validation_cases + 1)
-        if value in validation
-        else agreed
-        for value, agreed in agreement.items()
-    }
+    quality = {}
+    for value, agreed in agreement.items():
+        guess = agreed * sam2_quality[value]
+        known = validation.get(value)
+        quality[value] = guess if known is None else (validation_cases * known + guess) / (validation_cases + 1)
+    return quality
 
 
 def fuse_cases(
@@ -115,6 +121,7 @@ def fuse_cases(
     if student is not None:
         agreement = mean_dice_by_class(cohort, cohort.unlabelled, student, reference=sam2)
         quality[STUDENT] = estimate_student_quality(
+            sam2_quality=quality[SAM2],
             validation=validation,
             validation_cases=validation_cases,
             agreement={v: agreement.get(v, 0.0) for v in values},
