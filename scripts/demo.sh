@@ -19,6 +19,6 @@ show() { echo "+ $*"; "$@"; }
     --labelled 3 --unlabelled 8 --test 4 --shape 16 48 48
 [ -d "$nnUNet_raw/Dataset501_Demo" ] || show nnunet_sam2 convert "$work/source" -d 501 -n Demo \
     --test "$work/source/test"
-show nnunet_sam2 run -d 501 -c 3d_fullres -f all --sam2 "$sam2" --image-size 256 \
+show nnunet_sam2 run -d 501 -c 3d_fullres -f all --sam2 "$sam2" --image-size 512 \
     --rounds 2 --epochs 6 --device cpu --profile cpu --threads 2
 python "$root/scripts/demo_result.py" 501 "$work/result.json"
