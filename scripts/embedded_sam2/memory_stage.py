@@ -118,11 +118,8 @@ def validate(tracker: Tracker, pool: Pool, settings: MemorySettings, device: tor
         present += dice[there].tolist()
         absent += dice[~there].tolist()
         prompted += tracker.prompts(batch, rng)[1].tolist()
-    return {
-        "val_clip_dice": float(np.mean(present)),
-        "val_absent_right": float(np.mean(absent)) if absent else float("nan"),
-        "val_prompt_dice": float(np.mean(prompted)),
-    }
+    scores = {"val_clip_dice": present, "val_absent_right": absent, "val_prompt_dice": prompted}
+    return {name: float(np.mean(values)) for name, values in scores.items() if values}
 
 
 def _encoder_hash(model: Any) -> str:
