@@ -51,7 +51,7 @@ def main() -> None:
                         results = read_json(RESULTS) if RESULTS.is_file() else {}
                         results[f"{name}/{seed}"] = result
                         write_json(RESULTS, dict(sorted(results.items())))
-    write_table(RESULTS, PROJECT / "docs" / "benchmarks.md")
+    write_table(RESULTS, PROJECT / "docs" / "benchmarks.md", PROJECT / "README.md")
 
 
 def bench(bench_set: BenchSet, seed: int, work: Path, *, rounds: int, threads: int) -> Iterator[dict[str, Any]]:

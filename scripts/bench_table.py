@@ -10,10 +10,28 @@ from marked_table import replace_marked
 from nnunet_sam2.storage import read_json
 
 
-def write_table(results: Path, page: Path) -> None:
-    """Replace the page's marked part with the tables of all sets and seeds in ``results``."""
+def write_table(results: Path, page: Path, readme: Path) -> None:
+    """Replace the marked part of the page with all sets and seeds in ``results``, and of the README with their gist."""
     tables = "\n".join(_table(name, result) for name, result in read_json(results).items())
     replace_marked(page, "loop", tables)
+    replace_marked(readme, "figures", _summary(read_json(results)))
+
+
+def _summary(results: dict[str, Any]) -> str:
+    lines = [
+        "| real images, CPU | labelled | unlabelled | nnU-Net, labelled only | SAM 2's labels | nnU-Net after the rounds "
+        "| human labels for all |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        cut = result["set"]
+        kept = next((r for r in result["rounds"] if r["round"] == result["best_round"]), result["labelled_only"])
+        lines.append(
+            f"| {name.split('/')[0]}, seed {name.split('/')[1]} | {cut['n_labelled']} | {cut['n_unlabelled']} | "
+            f"{result['labelled_only']['dice']:.3f} | {result['sam2']['dice']:.3f} | **{kept['dice']:.3f}** | "
+            f"{result['all_labels']['dice']:.3f} |"
+        )
+    return "\n".join(lines)
 
 
 def _table(name: str, result: dict[str, Any]) -> str:

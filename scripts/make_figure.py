@@ -54,7 +54,7 @@ def main() -> None:
         ("test: labelled-only nnU-Net, " + dice(before, test_truth), test, before, test_truth, None),
         (f"test: round {state.best_round}, " + dice(after, test_truth), test, after, test_truth, None),
     ]
-    figure, axes = plt.subplots(2, 3, figsize=(10.2, 7.2), facecolor="white")
+    figure, axes = plt.subplots(2, 3, figsize=(10.2, 7.8), facecolor="white")
     for axis, panel in zip(axes.ravel(), panels, strict=True):
         title, case, label, truth, extra = panel
         reference = truth if truth is not None else (label if label is not None else query_truth)
@@ -74,7 +74,7 @@ def main() -> None:
         axis.axis("off")
     figure.text(0.5, 0.012, "Lines: labels. Dotted white: truth, which no part of the run has seen.", ha="center",
                 fontsize=9.5, color="#444444")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.tight_layout(rect=(0, 0.03, 1, 1), h_pad=2.0)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=110)
 
