@@ -34,11 +34,30 @@ class BenchSet:
 SETS = {
     s.name: s
     for s in (
-        BenchSet(name="hippocampus", dataset_id=601, configuration="3d_fullres", fold="0", n_labelled=8,
-                 n_unlabelled=60, n_test=40, image_size=256, labels="anterior=1,posterior=2", iterations_per_epoch=60),
-        BenchSet(name="chaos_t2_mr", dataset_id=611, configuration="2d", fold="all", n_labelled=3, n_unlabelled=5,
-                 n_test=4, image_size=512, labels="liver=1,right_kidney=2,left_kidney=3,spleen=4",
-                 iterations_per_epoch=40),
+        BenchSet(
+            name="hippocampus",
+            dataset_id=601,
+            configuration="3d_fullres",
+            fold="0",
+            n_labelled=8,
+            n_unlabelled=60,
+            n_test=40,
+            image_size=256,
+            labels="anterior=1,posterior=2",
+            iterations_per_epoch=60,
+        ),
+        BenchSet(
+            name="chaos_t2_mr",
+            dataset_id=611,
+            configuration="2d",
+            fold="all",
+            n_labelled=3,
+            n_unlabelled=5,
+            n_test=4,
+            image_size=512,
+            labels="liver=1,right_kidney=2,left_kidney=3,spleen=4",
+            iterations_per_epoch=40,
+        ),
     )
 }
 

@@ -112,9 +112,7 @@ def _extra(
     )
     started = time.monotonic()
     fold = options.fold if options.fold == "all" else int(options.fold)
-    nnunet.train(
-        folders, name, fold, device="cpu", log=out / f"{name}_train.log", threads=options.threads
-    )
+    nnunet.train(folders, name, fold, device="cpu", log=out / f"{name}_train.log", threads=options.threads)
     seconds_file = out / f"{name}_seconds.json"
     if not seconds_file.is_file():
         write_json(seconds_file, round(time.monotonic() - started, 1))
@@ -145,11 +143,28 @@ def _dataset(bench_set: BenchSet, seed: int, work: Path) -> DatasetFolders:
     name = f"{bench_set.name}-seed{seed}"
     if not (work / "nnUNet_raw" / f"Dataset{dataset_id:03d}_{name}").is_dir():
         train, test = cut(bench_set, seed, work / "source" / name)
-        status = command([
-            "convert", str(train), "-d", str(dataset_id), "-n", name, "--layout", "folder", "--test", str(test),
-            "--labelled", str(bench_set.n_labelled), "--seed", str(seed), "--channels", "MR",
-            "--labels", bench_set.labels,
-        ])
+        status = command(
+            [
+                "convert",
+                str(train),
+                "-d",
+                str(dataset_id),
+                "-n",
+                name,
+                "--layout",
+                "folder",
+                "--test",
+                str(test),
+                "--labelled",
+                str(bench_set.n_labelled),
+                "--seed",
+                str(seed),
+                "--channels",
+                "MR",
+                "--labels",
+                bench_set.labels,
+            ]
+        )
         if status:
             raise SystemExit(status)
     return find_dataset(dataset_id)

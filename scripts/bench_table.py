@@ -19,8 +19,8 @@ def write_table(results: Path, page: Path, readme: Path) -> None:
 
 def _summary(results: dict[str, Any]) -> str:
     lines = [
-        "| real images, CPU | labelled | unlabelled | nnU-Net, labelled only | SAM 2's labels | nnU-Net after the rounds "
-        "| human labels for all |",
+        "| real images, CPU | labelled | unlabelled | nnU-Net, labelled only | SAM 2's labels "
+        "| nnU-Net after the rounds | human labels for all |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
@@ -45,7 +45,8 @@ def _table(name: str, result: dict[str, Any]) -> str:
         f"{cut['configuration']} -f {cut['fold']} --profile cpu`, SAM 2 at {cut['image_size']} px. Stopped: "
         f"{result['stop_reason']}; kept: round {result['best_round']}. {result['finished']}.",
         "",
-        "| | scored on | Dice | " + " | ".join(f"class {c}" for c in classes)
+        "| | scored on | Dice | "
+        + " | ".join(f"class {c}" for c in classes)
         + " | HD95 mm | change (mean / worst tenth) | validation Dice | iterations | seconds |",
         "|---|---|---|" + "---|" * (len(classes) + 5),
         _row("nnU-Net, labelled only", "test", result["labelled_only"], classes),
@@ -67,9 +68,7 @@ def _table(name: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _row(
-    title: str, scored_on: str, entry: dict[str, Any], classes: list[str], seconds: float | None = None
-) -> str:
+def _row(title: str, scored_on: str, entry: dict[str, Any], classes: list[str], seconds: float | None = None) -> str:
     change = entry.get("change_mean")
     cells = [
         title,

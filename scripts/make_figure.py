@@ -58,8 +58,14 @@ def main() -> None:
     for axis, panel in zip(axes.ravel(), panels, strict=True):
         title, case, label, truth, extra = panel
         reference = truth if truth is not None else (label if label is not None else query_truth)
-        z = int(np.argmax([(reference[i] == min(values)).sum() + 3 * (reference[i] == max(values)).sum()
-                           for i in range(len(reference))]))
+        z = int(
+            np.argmax(
+                [
+                    (reference[i] == min(values)).sum() + 3 * (reference[i] == max(values)).sum()
+                    for i in range(len(reference))
+                ]
+            )
+        )
         image = read_volume(cohort.image_paths(case)).array_czyx[0, z]
         if extra is not None:
             axis.imshow(extra[z], cmap="magma", vmin=0, vmax=1, interpolation="nearest")
@@ -72,8 +78,14 @@ def main() -> None:
                 axis.contour(label[z] == value, [0.5], colors=colour, linewidths=2.0)
         axis.set_title(title, fontsize=10.5)
         axis.axis("off")
-    figure.text(0.5, 0.012, "Lines: labels. Dotted white: truth, which no part of the run has seen.", ha="center",
-                fontsize=9.5, color="#444444")
+    figure.text(
+        0.5,
+        0.012,
+        "Lines: labels. Dotted white: truth, which no part of the run has seen.",
+        ha="center",
+        fontsize=9.5,
+        color="#444444",
+    )
     figure.tight_layout(rect=(0, 0.03, 1, 1), h_pad=2.0)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=110)

@@ -49,9 +49,7 @@ def predict_test(
     )
 
 
-def score_run(
-    folders: DatasetFolders, cohort: Cohort, state: RunState, *, threads: int, out: Path
-) -> dict[str, Any]:
+def score_run(folders: DatasetFolders, cohort: Cohort, state: RunState, *, threads: int, out: Path) -> dict[str, Any]:
     """Score SAM 2's raw labels, the model of every round and the labels of every round of a finished run."""
     result: dict[str, Any] = {
         "stop_reason": state.stop_reason,
