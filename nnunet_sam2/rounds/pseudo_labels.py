@@ -84,9 +84,9 @@ def estimate_student_quality(
     """Estimate the student's Dice on unlabelled cases, a class.
 
     What is known without a held-out label: where it agrees with SAM 2 it is right at least as often as SAM 2 is. So its
-    Dice with SAM 2's labels, times theirs with the truth, is a cautious guess, which counts as one validation case among
-    those that there are. (Agreement by itself took the student for as good as its teacher; divided by SAM 2's quality,
-    for better.)
+    Dice with SAM 2's labels, times theirs with the truth, is a cautious guess, which counts as one validation case
+    among those that there are. (Agreement by itself took the student for as good as its teacher; divided by SAM 2's
+    quality, for better.)
     """
     quality = {}
     for value, agreed in agreement.items():
