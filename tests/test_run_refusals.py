@@ -76,3 +76,11 @@ def test_a_fold_that_does_not_exist_is_refused_with_those_that_do(
     assert main([*RUN, "-f", "3"]) == 2
     assert "3 folds; choose one of 0 to 2, or -f all" in capsys.readouterr().err
     assert not fresh_dataset.preprocessed.exists()
+
+
+def test_a_mistyped_configuration_is_refused_before_a_run_is_begun(
+    fresh_dataset: DatasetFolders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*RUN, "-c", "3dfullres"]) == 2
+    assert "choose one of 2d, 3d_fullres, 3d_lowres" in capsys.readouterr().err
+    assert not fresh_dataset.results.exists()

@@ -73,6 +73,16 @@ def test_a_round_that_was_not_trained_is_refused_with_those_that_were(folders: D
         read_state(folders).round(4)
 
 
+def test_a_later_run_without_a_finished_round_does_not_hide_one_that_has_some(folders: DatasetFolders) -> None:
+    good = Ledger(folders.results / "nnunet_sam2" / "3d_fullres_fold0")
+    good.append("run", options=RunOptions().to_json())
+    _record_round(good, 1, 0.8, None)
+    begun = Ledger(folders.results / "nnunet_sam2" / "2d_fold0")
+    begun.append("run", options=RunOptions(configuration="2d").to_json())
+    assert read_state(folders).folder == good.folder
+    assert read_state(folders, "2d_fold0").best_round is None
+
+
 def test_a_dataset_without_a_run_says_how_to_start_one(folders: DatasetFolders) -> None:
     with pytest.raises(InputError, match="nnunet_sam2 run -d 501"):
         read_state(folders)

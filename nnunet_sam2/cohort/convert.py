@@ -191,7 +191,8 @@ def assign_roles(cases: dict[str, SourceCase], options: ConvertOptions) -> Assig
     unlabelled = set(cases) - test - labelled
     if not unlabelled:
         raise InputError(
-            "no unlabelled case: every image has a label; add images without one, or hide labels with --labelled N"
+            "no unlabelled case: every image has a label; add images without one, hide labels with --labelled N, "
+            "or use unlabelled test images with --test-as-unlabelled"
         )
     if options.unlabelled is not None and options.unlabelled < len(unlabelled):
         order = _rng(options.seed, _UNLABELLED_DRAW).permutation(sorted(unlabelled))

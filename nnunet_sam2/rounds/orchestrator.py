@@ -13,11 +13,15 @@ from nnunet_sam2.rounds.context import RunContext, load_labeller
 from nnunet_sam2.rounds.convergence import RoundOutcome, StopReason, best_round, stop_reason
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, Ledger
 from nnunet_sam2.rounds.lock import only_run
+from nnunet_sam2.rounds.nnunet import PLANS
 from nnunet_sam2.rounds.options import RunOptions, describe_difference
 from nnunet_sam2.rounds.pseudo_labels import Fused
 from nnunet_sam2.rounds.stages import Stages, Student
 from nnunet_sam2.rounds.state import RunState, read_state, run_folder, state_of_events
 from nnunet_sam2.storage import read_json, remove_temporary_files
+
+PLANNED_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
+"""What nnU-Net's planner may offer, as long as there are no plans to ask."""
 
 
 def run_loop(folders: DatasetFolders, options: RunOptions) -> RunState:
@@ -119,6 +123,10 @@ def _refuse_unusable(folders: DatasetFolders, cohort: Cohort, options: RunOption
         raise InputError(f"{where} has no labelled case; convert at least one image with its label")
     if not cohort.unlabelled:
         raise InputError(f"{where} has no unlabelled case, so there is nothing to label; add images without labels")
+    plans = folders.preprocessed / f"{PLANS}.json"
+    known = list(read_json(plans)["configurations"]) if plans.is_file() else list(PLANNED_CONFIGURATIONS)
+    if options.configuration not in known:
+        raise InputError(f"-c {options.configuration}: no such nnU-Net configuration; choose one of {', '.join(known)}")
     if options.fold == "all":
         say("fold 'all': no labelled case is held out, so a fall of quality cannot be seen")
         return

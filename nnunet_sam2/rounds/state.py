@@ -91,17 +91,17 @@ def find_runs(folders: DatasetFolders) -> list[Path]:
 
 
 def read_state(folders: DatasetFolders, run_name: str | None = None) -> RunState:
-    """Read a run's state, of the run that was written to last where none is named."""
+    """Read a run's state; where none is named, of the last one with a finished round, or else of the last one."""
     if run_name is None:
         runs = find_runs(folders)
         if not runs:
             raise InputError(f"{folders.name} has no run yet; start one with: nnunet_sam2 run -d {folders.dataset_id}")
-        folder = runs[-1]
-    else:
-        folder = run_folder(folders, run_name)
-        if not (folder / LEDGER_FILE).is_file():
-            known = ", ".join(path.name for path in find_runs(folders)) or "none"
-            raise InputError(f"{folders.name} has no run {run_name}; there are: {known}")
+        states = [state_of_events(run, read_events(run / LEDGER_FILE)) for run in reversed(runs)]
+        return next((state for state in states if state.best_round is not None), states[0])
+    folder = run_folder(folders, run_name)
+    if not (folder / LEDGER_FILE).is_file():
+        known = ", ".join(path.name for path in find_runs(folders)) or "none"
+        raise InputError(f"{folders.name} has no run {run_name}; there are: {known}")
     return state_of_events(folder, read_events(folder / LEDGER_FILE))
 
 

@@ -62,8 +62,9 @@ def load_backend(
         path = Path(name_or_file).expanduser()
         if not path.is_file() and name_or_file.removesuffix(".pt") in config_names():
             raise InputError(
-                f"{name_or_file} names an architecture of Meta's; its weights are not bundled. "
-                f"Give the checkpoint file: --sam2 /path/to/{name_or_file.removesuffix('.pt')}.pt"
+                f"there is no file {name_or_file}, and the weights of Meta's models are not bundled. Download the "
+                "checkpoint (links: https://github.com/facebookresearch/sam2) and give its path: "
+                f"--sam2 /path/to/{name_or_file.removesuffix('.pt')}.pt"
             )
         checkpoint = read_checkpoint(path)
         config = recognise(checkpoint)
