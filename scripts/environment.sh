@@ -16,6 +16,6 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "$wanted" > "$stamp"
 fi
 export PATH="$root/.venv/bin:$PATH"
-# Few threads that sleep while they wait: spinning ones cost up to 8 times the CPU time where cores are shared.
+# Few threads that sleep while they wait: spinning ones burn time where cores are shared (docs/performance.md).
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 export nnUNet_def_n_proc="${nnUNet_def_n_proc:-1}" nnUNet_compile="${nnUNet_compile:-f}"

@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 done, 1 failed, 2 refused."""
-    # Threads that spin while they wait for each other cost up to 8 times the CPU time where cores are shared; torch's
+    # Threads that spin while they wait for each other burn time where cores are shared (docs/performance.md); torch's
     # OpenMP reads this once, when it is loaded, and nnU-Net's processes inherit it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if argv is None else argv)
