@@ -83,6 +83,15 @@ def label_cases(
     return [records[case_id] for case_id in case_ids]
 
 
+def require_memory(strategy: Strategy, backend: Sam2Backend) -> None:
+    """Raise `InputError` where the strategy needs SAM 2's video memory and the checkpoint holds none."""
+    if strategy.needs_memory and not backend.spec.has_memory:
+        raise InputError(
+            f"strategy {strategy.name} carries masks through the volume and needs SAM 2's video memory, which "
+            f"checkpoint {backend.spec.name} does not hold; use --strategy transfer or a whole checkpoint"
+        )
+
+
 def label_files(out: Path, case_id: str, file_ending: str, *, probabilities: bool = False) -> tuple[Path, ...]:
     """Name the files of one labelled case: label, confidence, record and, where kept, probabilities."""
     files = [
@@ -258,11 +267,7 @@ def _check(
         cohort.case(case_id)
         if not uses_student and not [s for s in support_ids if s != case_id]:
             raise InputError(f"case {case_id} has no support left: a case cannot support itself; label another case")
-    if strategy.needs_memory and not backend.spec.has_memory:
-        raise InputError(
-            f"strategy {strategy.name} carries masks through the volume and needs SAM 2's video memory, which "
-            f"checkpoint {backend.spec.name} does not hold; use --strategy transfer or a whole checkpoint"
-        )
+    require_memory(strategy, backend)
     if uses_student:
         if student_probabilities is None:
             raise InputError(f"strategy {strategy.name} needs the student's probabilities (--student FOLDER)")

@@ -11,11 +11,13 @@ from typing import Any
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.labelling.labeller import require_memory
 from nnunet_sam2.labelling.registry import make_strategy
 from nnunet_sam2.progress import say
 from nnunet_sam2.rounds import nnunet
 from nnunet_sam2.rounds.ledger import Ledger
 from nnunet_sam2.rounds.options import RunOptions
+from nnunet_sam2.rounds.state import RUNS_FOLDER
 from nnunet_sam2.storage import file_hash, read_json
 from nnunet_sam2.trainers.settings import RoundSettings
 
@@ -32,11 +34,7 @@ def load_labeller(options: RunOptions, cache_dir: Path | None) -> Any:
         cache_dir=cache_dir,
         threads=options.threads,
     )
-    if strategy.needs_memory and not backend.spec.has_memory:
-        raise InputError(
-            f"strategy {options.strategy} needs SAM 2's video memory, which {options.sam2} does not hold; "
-            "use --strategy transfer or a whole checkpoint"
-        )
+    require_memory(strategy, backend)
     return backend
 
 
@@ -59,7 +57,7 @@ class RunContext:
     @cached_property
     def backend(self) -> Any:
         """Load SAM 2, once, with its embeddings kept under the results of the dataset."""
-        backend = load_labeller(self.options, self.folders.results / "nnunet_sam2" / "embeddings")
+        backend = load_labeller(self.options, self.folders.results / RUNS_FOLDER / "embeddings")
         say(f"SAM 2: {backend.spec.origin}")
         return backend
 

@@ -14,11 +14,13 @@ from nnunet_sam2.rounds.convergence import RoundOutcome, StopReason, best_round,
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, Ledger
 from nnunet_sam2.rounds.lock import only_run
 from nnunet_sam2.rounds.nnunet import PLANS
+from nnunet_sam2.rounds.nnunet_plan import SPLITS_FILE
 from nnunet_sam2.rounds.options import RunOptions, describe_difference
 from nnunet_sam2.rounds.pseudo_labels import Fused
 from nnunet_sam2.rounds.stages import Stages, Student
 from nnunet_sam2.rounds.state import RunState, read_state, run_folder, state_of_events
 from nnunet_sam2.storage import read_json, remove_temporary_files
+from nnunet_sam2.trainers.settings import SETTINGS_KEY
 
 PLANNED_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 """What nnU-Net's planner may offer, as long as there are no plans to ask."""
@@ -52,6 +54,7 @@ def _alternate(stages: Stages, options: RunOptions, ledger: Ledger) -> None:
     student: Student | None = None
     labels: Fused | None = None
     students: dict[int, Student] = {}
+    labels_of: dict[int, Fused] = {}
     if not options.skip_baseline:
         stages.make_data(0, labels=None)
         student = students[0] = stages.train(0, warm_start=None)
@@ -64,7 +67,7 @@ def _alternate(stages: Stages, options: RunOptions, ledger: Ledger) -> None:
         if student is not None:
             stages.predict(student)
         refined = stages.refine(number, student) if student is not None and number > 1 else None
-        labels = stages.fuse(number, support_labels, student, refined, previous=labels)
+        labels = labels_of[number] = stages.fuse(number, support_labels, student, refined, previous=labels)
         if not labels.used_cases:
             reason = StopReason.NOTHING_TO_LABEL
             break
@@ -89,7 +92,7 @@ def _alternate(stages: Stages, options: RunOptions, ledger: Ledger) -> None:
     if options.has_final and best > 0:
         # the labels of the best round, and the whole schedule that the rounds were too short for
         last = max(students) + 1
-        stages.make_data(last, labels=stages.labels_of(best), final=True)
+        stages.make_data(last, labels=labels_of[best], final=True)
         students[last] = stages.train(last, warm_start=None, final=True)
         outcomes.append(RoundOutcome(number=last, change=None, validation_dice=students[last].validation_dice))
         best = best_round([o for o in outcomes if o.number in (best, last)])
@@ -124,13 +127,15 @@ def _refuse_unusable(folders: DatasetFolders, cohort: Cohort, options: RunOption
     if not cohort.unlabelled:
         raise InputError(f"{where} has no unlabelled case, so there is nothing to label; add images without labels")
     plans = folders.preprocessed / f"{PLANS}.json"
-    known = list(read_json(plans)["configurations"]) if plans.is_file() else list(PLANNED_CONFIGURATIONS)
+    known = list(PLANNED_CONFIGURATIONS)
+    if plans.is_file():
+        known = [name for name, c in read_json(plans)["configurations"].items() if SETTINGS_KEY not in c]
     if options.configuration not in known:
         raise InputError(f"-c {options.configuration}: no such nnU-Net configuration; choose one of {', '.join(known)}")
     if options.fold == "all":
         say("fold 'all': no labelled case is held out, so a fall of quality cannot be seen")
         return
-    splits = folders.preprocessed / "splits_final.json"
+    splits = folders.preprocessed / SPLITS_FILE
     folds = len(read_json(splits) if splits.is_file() else make_splits(cohort))
     if int(options.fold) >= folds:
         way_out = f"choose one of 0 to {folds - 1}, or -f all" if folds else "give -f all, which has no validation"

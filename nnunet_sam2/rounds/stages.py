@@ -14,6 +14,7 @@ from nnunet_sam2.rounds import nnunet
 from nnunet_sam2.rounds.context import RunContext
 from nnunet_sam2.rounds.ledger import StageResult
 from nnunet_sam2.rounds.pseudo_labels import Fused, fuse_cases
+from nnunet_sam2.support.library import PROBABILITIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,6 @@ class Stages:
 
     def __init__(self, run: RunContext) -> None:
         self.run = run
-        self._setup_digest = ""
-        self._fused: dict[int, Fused] = {}
 
     # -- once a run ---------------------------------------------------------------------------------------------
 
@@ -75,16 +74,15 @@ class Stages:
             "cases": {c.case_id: [c.role.value, c.patient, c.voxel_hash] for c in self.run.cohort.cases},
             "labels": self.run.human_label_hashes,
         }
-        event = self.run.ledger.run_stage(
+        self.run.ledger.run_stage(
             "setup/plan", inputs, work, what="nnU-Net plans and preprocesses; plans see the labelled cases alone"
         )
-        self._setup_digest = event["digest"]
 
     def label_from_supports(self) -> SupportLabels:
         """Label the unlabelled cases by SAM 2 from the supports, and the labelled ones to see how good that is."""
         out = self.run.folder / "sam2"
         inputs = {
-            "setup": self._setup_digest,
+            "setup": self.run.digest("setup/plan"),
             "supports": self.run.support_ids,
             "strategy": self.run.options.strategy,
             "strategy_options": self.run.options.strategy_options,
@@ -130,7 +128,7 @@ class Stages:
         if not self.run.validation_ids:
             return None
         out = self.run.round_folder(number) / "prompted"
-        predicted = self.run.round_folder(student.number) / "student" / "probabilities"
+        predicted = self.run.round_folder(student.number) / "student" / PROBABILITIES
         inputs = {"student": student.digest, "sam2": self.run.sam2_identity, "image_size": self.run.options.image_size}
 
         def work() -> StageResult:
@@ -144,7 +142,7 @@ class Stages:
             return StageResult(files=files)
 
         self.run.ledger.run_stage(f"r{number:02d}/refine", inputs, work, what="SAM 2, prompted by the student")
-        return out / "probabilities"
+        return out / PROBABILITIES
 
     def fuse(
         self,
@@ -156,7 +154,7 @@ class Stages:
         previous: Fused | None,
     ) -> Fused:
         """Fuse SAM 2's labels with the student's by their quality on human labels, voxel by voxel."""
-        self._fused[number] = self._fuse(
+        return self._fuse(
             f"r{number:02d}/fuse",
             self.run.round_folder(number) / "labels",
             supports,
@@ -166,7 +164,6 @@ class Stages:
             info={"round": number},
             what=f"labels of round {number}",
         )
-        return self._fused[number]
 
     def finish(self, best: Student, supports: SupportLabels) -> Fused:
         """Write the run's own labels: SAM 2's, fused with what the best round's model says."""
@@ -182,16 +179,12 @@ class Stages:
             what=f"final labels, with the model of round {best.number}",
         )
 
-    def labels_of(self, number: int) -> Fused:
-        """Return the labels of an earlier round."""
-        return self._fused[number]
-
     def make_data(self, number: int, *, labels: Fused | None, final: bool = False) -> None:
         """Build the round's immutable configuration: human labels and, from round 1 on, pseudo-labels."""
         name = self.run.options.round_configuration(number, final=final)
         settings = self.run.settings(number, final=final)
         inputs = {
-            "setup": self._setup_digest,
+            "setup": self.run.digest("setup/plan"),
             "labels": labels.digest if labels else None,
             "settings": settings.to_json(),
             "configuration": name,
@@ -289,7 +282,7 @@ class Stages:
                 save_probabilities=True,
                 threads=self.run.options.threads,
             )
-            probabilities = [out / "probabilities" / f"{c.case_id}.npz" for c in cases]
+            probabilities = [out / PROBABILITIES / f"{c.case_id}.npz" for c in cases]
             return StageResult(files=(*files, *probabilities))
 
         self.run.ledger.run_stage(
@@ -329,7 +322,7 @@ class Stages:
                 self.run.cohort,
                 sam2=supports.folder,
                 student=predicted,
-                student_probabilities=refined or (predicted and predicted / "probabilities"),
+                student_probabilities=refined or (predicted and predicted / PROBABILITIES),
                 sam2_quality=supports.quality,
                 validation=validation,
                 validation_cases=len(self.run.validation_ids),
