@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nnunet_sam2.frames import Frames, resize
-from nnunet_sam2.labelling.strategy import Query, Support
+from nnunet_sam2.support.cases import Query, Support
 
 SIZE = 128
 """Side of the square at which slices are compared."""
@@ -23,10 +23,12 @@ class CopyBaseline:
         self._registered = registered
         self._images = np.concatenate([_slices(support.frames) for support in supports])
         self._unit = _unit(self._images)
-        self._labels = np.concatenate([
-            [_nearest(plane, (SIZE, SIZE)) for plane in support.frames.slices_first(support.label_zyx)]
-            for support in supports
-        ])
+        self._labels = np.concatenate(
+            [
+                [_nearest(plane, (SIZE, SIZE)) for plane in support.frames.slices_first(support.label_zyx)]
+                for support in supports
+            ]
+        )
 
     def label(self, query: Query) -> np.ndarray:
         """Return the query's label map on its own grid, (Z, Y, X) uint8."""

@@ -25,9 +25,10 @@ from nnunet_sam2.frames import Frames
 from nnunet_sam2.labelling.components import single_component_classes
 from nnunet_sam2.labelling.fusion import FusionOptions, fuse
 from nnunet_sam2.labelling.registry import make_strategy
-from nnunet_sam2.labelling.strategy import Prepares, Query, Support
+from nnunet_sam2.labelling.strategy import Prepares
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.storage import read_json, write_json, write_text
+from nnunet_sam2.support.cases import Query, Support
 from nnunet_sam2.volumes import read_label, read_volume
 
 RESULTS = PROJECT / "docs" / "benchmarks" / "sam2.json"

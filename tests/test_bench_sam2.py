@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.geometry import Geometry
-from nnunet_sam2.labelling.strategy import Support
+from nnunet_sam2.support.cases import Support
 from nnunet_sam2.volumes import Volume
 
 
@@ -81,9 +81,7 @@ def test_registration_moves_the_mask_onto_a_shifted_subject():
     assert _dice(registered, label) > _dice(copied, label) + 0.1
 
 
-def test_queries_stay_the_same_and_share_no_patient_with_the_supports(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_queries_stay_the_same_and_share_no_patient_with_the_supports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(bench_sam2, "DATA", tmp_path)
     folder = tmp_path / "acdc" / "images"
     folder.mkdir(parents=True)
@@ -103,10 +101,14 @@ def test_the_table_goes_between_the_markers_and_leaves_the_rest(tmp_path: Path):
     page, results = tmp_path / "page.md", tmp_path / "sam2.json"
     page.write_text(f"before\n{bench_sam2.START}\nold\n{bench_sam2.END}\nafter\n")
     entry = {"mean": 0.5, "classes": {"breast": 0.5}, "seconds_a_volume": 1.0, "cases": 2}
-    results.write_text(json.dumps({
-        "ddsm_tissue/8/seed 0/2 queries": {"model, 256 px: transfer": {**entry, "mean": 0.75}},
-        "ddsm_tissue/1/seed 0/2 queries": {"copy": entry, "model, 256 px: transfer": entry},
-    }))
+    results.write_text(
+        json.dumps(
+            {
+                "ddsm_tissue/8/seed 0/2 queries": {"model, 256 px: transfer": {**entry, "mean": 0.75}},
+                "ddsm_tissue/1/seed 0/2 queries": {"copy": entry, "model, 256 px: transfer": entry},
+            }
+        )
+    )
     bench_sam2.write_table(results, page)
     text = page.read_text()
     assert text.startswith("before\n")

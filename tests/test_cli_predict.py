@@ -13,8 +13,8 @@ from nnunet_sam2.cli.predict import chosen_model, find_cases
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.file_checks import VOLUME_ENDINGS
 from nnunet_sam2.folders import DatasetFolders
-from nnunet_sam2.rounds import nnunet_predict
 from nnunet_sam2.rounds.ledger import Ledger, StageResult
+from nnunet_sam2.rounds.nnunet import predict as nnunet_predict
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import run_folder
 

@@ -13,8 +13,8 @@ from nnunet_sam2.frames import Frames
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.labelling.fusion import fuse
 from nnunet_sam2.labelling.insert import Insert, InsertOptions, spread, spread_peaks
-from nnunet_sam2.labelling.strategy import Query, Support
 from nnunet_sam2.sam2.backend import load_backend
+from nnunet_sam2.support.cases import Query, Support
 
 SIZE = 64
 SHAPE = (6, 20, 24)

@@ -12,7 +12,7 @@ from anisotropic_data import LABELS, Dataset
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.rounds import nnunet_cases
-from nnunet_sam2.rounds.nnunet_cases import (
+from nnunet_sam2.rounds.nnunet.cases import (
     IMAGE,
     Preprocessing,
     load_preprocessing,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.rounds.nnunet_light import MOST_VOXELS_3D, light_configuration, light_settings
+from nnunet_sam2.rounds.nnunet.light import MOST_VOXELS_3D, light_configuration, light_settings
 
 
 def plans(patch: list[int], spacing: list[float], median: list[float]) -> dict[str, Any]:

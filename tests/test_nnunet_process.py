@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from nnunet_sam2.errors import StageError
-from nnunet_sam2.rounds.nnunet_process import child_environment, run_logged, stream_logged
+from nnunet_sam2.rounds.nnunet.process import child_environment, run_logged, stream_logged
 
 PARENT = """
 import os, sys
 from pathlib import Path
-from nnunet_sam2.rounds.nnunet_process import stream_logged
+from nnunet_sam2.rounds.nnunet.process import stream_logged
 child = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(120)"]
 for line in stream_logged(child, log=Path(sys.argv[1]), environment=os.environ, what="a long job"):
     print(line, flush=True)

@@ -10,9 +10,9 @@ import pytest
 from anisotropic_data import Dataset, small_round
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.rounds import nnunet_round
+from nnunet_sam2.rounds.nnunet import configuration as round_configuration
 from nnunet_sam2.rounds.nnunet import read_plans
-from nnunet_sam2.rounds.nnunet_cases import load_preprocessing
+from nnunet_sam2.rounds.nnunet.cases import load_preprocessing
 from nnunet_sam2.storage import file_hash
 from nnunet_sam2.trainers.settings import SETTINGS_KEY, RoundSettings
 from nnunet_sam2.volumes import read_label, write_label
@@ -65,7 +65,7 @@ def test_where_links_are_impossible_files_are_copied(planned: Dataset, monkeypat
     def refuse(*_: object) -> None:
         raise OSError("no links here")
 
-    monkeypatch.setattr(nnunet_round.os, "link", refuse)
+    monkeypatch.setattr(round_configuration.os, "link", refuse)
     made = small_round(planned, "3d_fullres_r01")
     base = planned.folders.preprocessed / "nnUNetPlans_3d_fullres"
     assert not os.path.samefile(base / "case_00.b2nd", made.data_folder / "case_00.b2nd")
@@ -114,7 +114,7 @@ def test_a_round_on_human_labels_alone_has_no_pseudo_cases(planned: Dataset) -> 
 def test_the_same_round_again_is_the_one_that_is_there(planned: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     made = small_round(planned, "3d_fullres_r01")
     before = contents(made.data_folder), contents(made.confidence_folder)
-    monkeypatch.setattr(nnunet_round, "_write_data", None)
+    monkeypatch.setattr(round_configuration, "_write_data", None)
     assert small_round(planned, "3d_fullres_r01") == made
     assert (contents(made.data_folder), contents(made.confidence_folder)) == before
 

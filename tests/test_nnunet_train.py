@@ -25,8 +25,8 @@ from nnunet_sam2.rounds.nnunet import (
     read_validation,
     train,
 )
-from nnunet_sam2.rounds.nnunet_export import stock_plans_of
-from nnunet_sam2.rounds.student_predict import class_probabilities
+from nnunet_sam2.rounds.nnunet.export import stock_plans_of
+from nnunet_sam2.rounds.nnunet.predict_worker import class_probabilities
 from nnunet_sam2.storage import file_hash, read_json, write_json
 from nnunet_sam2.volumes import read_label
 

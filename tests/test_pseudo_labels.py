@@ -74,7 +74,12 @@ def test_where_the_sources_differ_the_better_one_wins_and_the_voxel_is_less_trus
     sam2 = _source(cohort, tmp_path / "sam2", here, sure=0.9)
     student = _source(cohort, tmp_path / "student", there, sure=0.9)
     fused = _fuse(
-        cohort, sam2, student, tmp_path / "out", sam2_quality={1: 0.95, 2: 0.3}, validation={1: 0.3, 2: 0.95},
+        cohort,
+        sam2,
+        student,
+        tmp_path / "out",
+        sam2_quality={1: 0.95, 2: 0.3},
+        validation={1: 0.3, 2: 0.95},
         validation_cases=50,
     )
     case_id = cohort.unlabelled[0].case_id

@@ -38,9 +38,7 @@ def test_a_dataset_that_was_not_converted_says_how_to_make_it(
     assert "nnunet_sam2 convert" in capsys.readouterr().err
 
 
-def test_an_unknown_dataset_is_refused(
-    fresh_dataset: DatasetFolders, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_dataset_is_refused(fresh_dataset: DatasetFolders, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "-d", "777", "--sam2", "untrained"]) == 2
     assert "no dataset 777" in capsys.readouterr().err
 

@@ -17,10 +17,10 @@ from nnunet_sam2.labelling.leave_one_out import dice_by_class
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.memory import SupportMemory, slice_descriptors
 from nnunet_sam2.labelling.recipe import Recipe, candidate_recipes, choose_recipe
-from nnunet_sam2.labelling.strategy import Support
 from nnunet_sam2.labelling.transfer import Transfer, TransferOptions
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.sam2.protocol import Decoded
+from nnunet_sam2.support.cases import Support
 from nnunet_sam2.support.library import load_support
 
 SIZE = 128

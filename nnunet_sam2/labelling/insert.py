@@ -15,8 +15,8 @@ import torch
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.frames import resize
 from nnunet_sam2.labelling.member import Member
-from nnunet_sam2.labelling.strategy import Query, Support
 from nnunet_sam2.sam2.protocol import Embeddings, Propagated, Sam2Backend
+from nnunet_sam2.support.cases import Query, Support
 
 _DESCRIPTOR_GRID = 4
 """Cells along each side into which a slice's embedding is pooled to be compared with others."""

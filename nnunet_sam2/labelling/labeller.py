@@ -18,10 +18,11 @@ from nnunet_sam2.labelling.fusion import FusionOptions, fuse
 from nnunet_sam2.labelling.leave_one_out import dice_by_class
 from nnunet_sam2.labelling.member import PseudoLabel
 from nnunet_sam2.labelling.registry import options_json
-from nnunet_sam2.labelling.strategy import Prepares, Strategy, Support
+from nnunet_sam2.labelling.strategy import Prepares, Strategy
 from nnunet_sam2.progress import track
 from nnunet_sam2.sam2.protocol import Sam2Backend
 from nnunet_sam2.storage import atomic_path, file_hash, read_json, value_hash, write_json
+from nnunet_sam2.support.cases import Support
 from nnunet_sam2.support.library import (
     PROBABILITIES,
     cohort_slice_axis,

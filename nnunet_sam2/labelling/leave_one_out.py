@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_sam2.labelling.strategy import Support
+from nnunet_sam2.support.cases import Support
 
 DiceTable = dict[int, float | None]
 """Dice for each class value; None where neither side has the class."""

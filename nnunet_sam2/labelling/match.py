@@ -15,9 +15,9 @@ import torch
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.labelling.member import Member
-from nnunet_sam2.labelling.strategy import Query, Support
 from nnunet_sam2.sam2.protocol import Embeddings, Sam2Backend
 from nnunet_sam2.support.augment import Augmentation, AugmentOptions, augment_image, augment_masks, draw_augmentation
+from nnunet_sam2.support.cases import Query, Support
 from nnunet_sam2.support.matching import Metric, make_metric, squared_distances
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
-from nnunet_sam2.labelling.strategy import Support
 from nnunet_sam2.sam2.protocol import Embeddings
+from nnunet_sam2.support.cases import Support
 
 LEAST_JUDGED = 0.5
 """Part of a cell that a human must have judged for the cell to count as evidence."""

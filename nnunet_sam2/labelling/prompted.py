@@ -19,9 +19,9 @@ from nnunet_sam2.labelling.fusion import as_probability, normalised
 from nnunet_sam2.labelling.leave_one_out import DiceTable, best_choices
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.slice_check import SliceDice, check_slices
-from nnunet_sam2.labelling.strategy import Query, Support
 from nnunet_sam2.progress import track
 from nnunet_sam2.sam2.protocol import Sam2Backend
+from nnunet_sam2.support.cases import Query, Support
 
 _STUDENT = "student"
 _KINDS = {

@@ -9,7 +9,7 @@ import torch
 
 from nnunet_sam2.frames import resize
 from nnunet_sam2.labelling.leave_one_out import DiceTable
-from nnunet_sam2.labelling.strategy import Support
+from nnunet_sam2.support.cases import Support
 
 
 def check_slices(support: Support, class_values: Sequence[int], count: int) -> list[int]:

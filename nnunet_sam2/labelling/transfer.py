@@ -19,9 +19,9 @@ from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.memory import SupportMemory, slice_descriptors, slice_features
 from nnunet_sam2.labelling.recipe import NEIGHBOURS, Recipe, candidate_recipes, choose_recipe, soft_maps
 from nnunet_sam2.labelling.slice_check import SliceDice, check_slices
-from nnunet_sam2.labelling.strategy import Query, Support
 from nnunet_sam2.progress import track
 from nnunet_sam2.sam2.protocol import Sam2Backend
+from nnunet_sam2.support.cases import Query, Support
 
 _KINDS = PromptKinds(box=True, points=False, mask=True)
 _SHARES = {"map": 0.0, "mean": 0.5, "decoder": 1.0}

@@ -14,7 +14,7 @@ from nnunet_sam2.rounds.convergence import RoundOutcome, StopReason, best_round,
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, Ledger
 from nnunet_sam2.rounds.lock import only_run
 from nnunet_sam2.rounds.nnunet import PLANS
-from nnunet_sam2.rounds.nnunet_plan import SPLITS_FILE
+from nnunet_sam2.rounds.nnunet.plan import SPLITS_FILE
 from nnunet_sam2.rounds.options import RunOptions, describe_difference
 from nnunet_sam2.rounds.pseudo_labels import Fused
 from nnunet_sam2.rounds.stages import Stages, Student

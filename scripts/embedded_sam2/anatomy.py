@@ -84,8 +84,9 @@ def draw_anatomy(rng: np.random.Generator) -> Anatomy:
         label += 1
         if kind == "tube":
             radii = np.array([rng.choice([0.6, 6.0]), *np.full(2, rng.uniform(0.04, 0.15)) * rng.uniform(0.8, 1.3, 2)])
-            shapes.append(replace(_ellipsoid(rng, label, centre=centre, radii=radii, rough=0.0),
-                                  wander_yx=rng.normal(0, 0.12, 2)))
+            shapes.append(
+                replace(_ellipsoid(rng, label, centre=centre, radii=radii, rough=0.0), wander_yx=rng.normal(0, 0.12, 2))
+            )
         elif kind == "tiny":
             shapes.append(_ellipsoid(rng, label, centre=centre, radii=radii * 0.0 + rng.uniform(0.03, 0.09), rough=0.2))
         else:
@@ -94,22 +95,36 @@ def draw_anatomy(rng: np.random.Generator) -> Anatomy:
             if kind == "rind":
                 label += 1
                 shift = rng.normal(0, 0.08, 3) * radii
-                shapes.append(replace(organ, label=label, radii_zyx=radii * rng.uniform(0.45, 0.85),
-                                      centre_zyx=centre + shift))
+                shapes.append(
+                    replace(organ, label=label, radii_zyx=radii * rng.uniform(0.45, 0.85), centre_zyx=centre + shift)
+                )
             if kind == "pair":
                 # The two sides of a body are two structures: a label must not jump across.
                 label += 1
                 mirror = np.array([1.0, 1.0, -1.0])
-                shapes.append(replace(organ, label=label, centre_zyx=centre * mirror,
-                                      axes_33=organ.axes_33 * mirror, waves_w3=organ.waves_w3 * mirror))
+                shapes.append(
+                    replace(
+                        organ,
+                        label=label,
+                        centre_zyx=centre * mirror,
+                        axes_33=organ.axes_33 * mirror,
+                        waves_w3=organ.waves_w3 * mirror,
+                    )
+                )
     half = np.array([1.0, 1.0, 1.0])
     middle = np.zeros(3)
     if rng.random() < 0.55:
         target = shapes[int(rng.integers(1 if has_body else 0, len(shapes)))]
         middle = np.clip(target.centre_zyx, -0.7, 0.7) + rng.normal(0, 0.1, 3)
         half = np.exp(rng.uniform(np.log(0.25), np.log(0.9))) * np.exp(rng.normal(0, 0.15, 3))
-    return Anatomy(shapes=tuple(shapes), partition_w3=partition, partition_labels=partition_labels,
-                   n_labels=label + 1, view_centre_zyx=middle, view_half_zyx=half)
+    return Anatomy(
+        shapes=tuple(shapes),
+        partition_w3=partition,
+        partition_labels=partition_labels,
+        n_labels=label + 1,
+        view_centre_zyx=middle,
+        view_half_zyx=half,
+    )
 
 
 def draw_subject(anatomy: Anatomy, rng: np.random.Generator) -> Subject:
@@ -120,12 +135,14 @@ def draw_subject(anatomy: Anatomy, rng: np.random.Generator) -> Subject:
     for shape in anatomy.shapes:
         if len(shapes) > 2 and rng.random() < 0.03:
             continue
-        shapes.append(replace(
-            shape,
-            centre_zyx=shape.centre_zyx + rng.normal(0, 0.05 * spread, 3) * np.sqrt(zoom),
-            radii_zyx=shape.radii_zyx * np.exp(rng.normal(0, 0.06 * spread) + rng.normal(0, 0.08 * spread, 3)),
-            phases_w=shape.phases_w + rng.normal(0, 0.5 * spread, _WAVES),
-        ))
+        shapes.append(
+            replace(
+                shape,
+                centre_zyx=shape.centre_zyx + rng.normal(0, 0.05 * spread, 3) * np.sqrt(zoom),
+                radii_zyx=shape.radii_zyx * np.exp(rng.normal(0, 0.06 * spread) + rng.normal(0, 0.08 * spread, 3)),
+                phases_w=shape.phases_w + rng.normal(0, 0.5 * spread, _WAVES),
+            )
+        )
     angle = rng.normal(0, 0.06 * spread)
     tilt = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
     return Subject(
@@ -203,9 +220,7 @@ def _partition(anatomy: Anatomy, points_3zyx: np.ndarray) -> np.ndarray:
     return np.asarray(anatomy.partition_labels, np.uint8)[level]
 
 
-def _ellipsoid(
-    rng: np.random.Generator, label: int, *, centre: np.ndarray, radii: np.ndarray, rough: float
-) -> Shape:
+def _ellipsoid(rng: np.random.Generator, label: int, *, centre: np.ndarray, radii: np.ndarray, rough: float) -> Shape:
     turn = rng.normal(0, 1, (3, 3))
     axes, _ = np.linalg.qr(turn)
     if radii.max() > 0.55:

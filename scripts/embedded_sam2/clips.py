@@ -120,9 +120,12 @@ def draw_clips(
     maps, masks = [], []
     for t in range(prompted + asked):
         now = [clip[t] for clip in frames]
-        maps.append([
-            torch.stack([family.maps[level][c, n] for family, c, n, _ in now]).float().to(device) for level in range(3)
-        ])
+        maps.append(
+            [
+                torch.stack([family.maps[level][c, n] for family, c, n, _ in now]).float().to(device)
+                for level in range(3)
+            ]
+        )
         masks.append(torch.from_numpy(np.stack([family.labels_cnss[c, n] == value for family, c, n, value in now])))
     return ClipBatch(prompted=prompted, maps_tb=maps, masks_tbss=torch.stack(masks).to(device))
 

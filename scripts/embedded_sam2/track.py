@@ -116,7 +116,11 @@ class Tracker:
         return self._memory(features, high, score, model.obj_ptr_proj(tokens[:, 0]), from_prompt=True)
 
     def _answered(
-        self, features: list[torch.Tensor], masks: torch.Tensor, iou: torch.Tensor, tokens: torch.Tensor,
+        self,
+        features: list[torch.Tensor],
+        masks: torch.Tensor,
+        iou: torch.Tensor,
+        tokens: torch.Tensor,
         score: torch.Tensor,
     ) -> dict[str, Any]:
         model = self._model
@@ -130,7 +134,12 @@ class Tracker:
         return self._memory(features, high, score[:, None], pointer, from_prompt=False)
 
     def _memory(
-        self, features: list[torch.Tensor], high: torch.Tensor, score: torch.Tensor, pointer: torch.Tensor, *,
+        self,
+        features: list[torch.Tensor],
+        high: torch.Tensor,
+        score: torch.Tensor,
+        pointer: torch.Tensor,
+        *,
         from_prompt: bool,
     ) -> dict[str, Any]:
         def encode(coarse: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
@@ -168,9 +177,9 @@ def draw_points(masks_bss: np.ndarray, rng: np.random.Generator, *, box: bool) -
         picked = rng.integers(0, len(xs), inside)
         out_ys, out_xs = np.nonzero(~mask)
         apart = rng.integers(0, max(1, len(out_xs)), outside) if len(out_xs) else np.zeros(0, int)
-        points = np.concatenate([
-            np.stack([xs[picked], ys[picked]], axis=1), np.stack([out_xs[apart], out_ys[apart]], axis=1)
-        ])
+        points = np.concatenate(
+            [np.stack([xs[picked], ys[picked]], axis=1), np.stack([out_xs[apart], out_ys[apart]], axis=1)]
+        )
         coordinates.append(points + 0.5)
         labels.append([1] * inside + [0] * len(apart) + [-1] * (outside - len(apart)))
         coordinates[-1] = np.concatenate([coordinates[-1], np.zeros((outside - len(apart), 2))])

@@ -57,8 +57,6 @@ def _placed(features_nchw: torch.Tensor) -> torch.Tensor:
 def _soft_labels(labels_nss: np.ndarray, values: Sequence[int], grid: int) -> torch.Tensor:
     n, size, _ = labels_nss.shape
     cell = size // grid
-    parts = [
-        (labels_nss == v).reshape(n, grid, cell, grid, cell).mean(axis=(2, 4), dtype=np.float32) for v in values
-    ]
+    parts = [(labels_nss == v).reshape(n, grid, cell, grid, cell).mean(axis=(2, 4), dtype=np.float32) for v in values]
     stacked = np.stack([1 - sum(parts), *parts], axis=-1)
     return torch.from_numpy(stacked.reshape(n * grid * grid, -1))

@@ -6,7 +6,7 @@ is made anew, and the same inputs give the same labels and weights.
 
 from __future__ import annotations
 
-from nnunet_sam2.rounds.nnunet_base import (
+from nnunet_sam2.rounds.nnunet.base import (
     PLANS,
     TRAINER,
     Fold,
@@ -19,13 +19,13 @@ from nnunet_sam2.rounds.nnunet_base import (
     plans_path,
     read_plans,
 )
-from nnunet_sam2.rounds.nnunet_cases import preprocess_unlabelled
-from nnunet_sam2.rounds.nnunet_export import export_model
-from nnunet_sam2.rounds.nnunet_light import light_configuration, light_settings
-from nnunet_sam2.rounds.nnunet_plan import plan_and_preprocess, write_splits
-from nnunet_sam2.rounds.nnunet_predict import predict_cases
-from nnunet_sam2.rounds.nnunet_round import make_round_configuration
-from nnunet_sam2.rounds.nnunet_train import read_validation, train
+from nnunet_sam2.rounds.nnunet.cases import preprocess_unlabelled
+from nnunet_sam2.rounds.nnunet.configuration import make_round_configuration
+from nnunet_sam2.rounds.nnunet.export import export_model
+from nnunet_sam2.rounds.nnunet.light import light_configuration, light_settings
+from nnunet_sam2.rounds.nnunet.plan import plan_and_preprocess, write_splits
+from nnunet_sam2.rounds.nnunet.predict import predict_cases
+from nnunet_sam2.rounds.nnunet.train import read_validation, train
 
 __all__ = [
     "PLANS",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from nnunet_sam2.rounds.nnunet_base import resolved_configuration
+from nnunet_sam2.rounds.nnunet.base import resolved_configuration
 from nnunet_sam2.trainers.settings import RoundSettings
 
 FIRST_FEATURES, MOST_FEATURES = 16, 128

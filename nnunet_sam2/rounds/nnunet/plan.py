@@ -10,7 +10,7 @@ from typing import Any
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.folders import DatasetFolders
-from nnunet_sam2.rounds.nnunet_base import (
+from nnunet_sam2.rounds.nnunet.base import (
     PLANS,
     only_writer,
     plans_path,
@@ -18,7 +18,7 @@ from nnunet_sam2.rounds.nnunet_base import (
     require_trainable,
     resolved_configuration,
 )
-from nnunet_sam2.rounds.nnunet_process import child_environment, console_script, run_logged
+from nnunet_sam2.rounds.nnunet.process import child_environment, console_script, run_logged
 from nnunet_sam2.storage import atomic_path, file_hash, read_json, value_hash, write_json
 from nnunet_sam2.trainers.discovery import require_nnunet
 

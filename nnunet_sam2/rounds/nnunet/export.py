@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
-from nnunet_sam2.rounds.nnunet_base import PLANS, TRAINER, Fold, final_checkpoint, model_folder, resolved_configuration
+from nnunet_sam2.rounds.nnunet.base import PLANS, TRAINER, Fold, final_checkpoint, model_folder, resolved_configuration
 from nnunet_sam2.storage import atomic_folder, read_json, write_json
 from nnunet_sam2.trainers.settings import SETTINGS_KEY
 

@@ -11,8 +11,8 @@ from typing import Any
 from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import track
-from nnunet_sam2.rounds.nnunet_base import PLANS, TRAINER, Fold, final_checkpoint, model_folder
-from nnunet_sam2.rounds.nnunet_process import child_environment, stream_logged
+from nnunet_sam2.rounds.nnunet.base import PLANS, TRAINER, Fold, final_checkpoint, model_folder
+from nnunet_sam2.rounds.nnunet.process import child_environment, stream_logged
 from nnunet_sam2.storage import file_hash, read_json, remove_temporary_files, value_hash, write_json
 from nnunet_sam2.trainers.discovery import require_nnunet
 
@@ -76,7 +76,7 @@ def predict_cases(
             },
         )
         environment = child_environment(threads=threads, processes=threads or os.cpu_count() or 1, gpu=device != "cpu")
-        argv = [sys.executable, "-m", "nnunet_sam2.rounds.student_predict", str(request)]
+        argv = [sys.executable, "-m", "nnunet_sam2.rounds.nnunet.predict_worker", str(request)]
         what = f"prediction with {configuration}"
         try:
             lines = stream_logged(argv, log=log, environment=environment, what=what)

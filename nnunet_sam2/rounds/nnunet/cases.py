@@ -14,7 +14,7 @@ from nnunet_sam2.cohort.cohort import Case, Cohort
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import track
-from nnunet_sam2.rounds.nnunet_base import PLANS, only_writer, read_plans, require_trainable, resolved_configuration
+from nnunet_sam2.rounds.nnunet.base import PLANS, only_writer, read_plans, require_trainable, resolved_configuration
 from nnunet_sam2.storage import (
     atomic_folder,
     atomic_path,

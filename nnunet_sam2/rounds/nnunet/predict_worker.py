@@ -1,4 +1,4 @@
-"""The process that predicts: ``python -m nnunet_sam2.rounds.student_predict REQUEST``.
+"""The process that predicts: ``python -m nnunet_sam2.rounds.nnunet.predict_worker REQUEST``.
 
 It is a process of its own because nnU-Net's predictor keeps what it once took of memory and threads.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_sam2.rounds.nnunet_predict import CASE_DONE
+from nnunet_sam2.rounds.nnunet.predict import CASE_DONE
 from nnunet_sam2.storage import atomic_path, file_hash, read_json, write_json
 
 

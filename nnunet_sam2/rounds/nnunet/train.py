@@ -14,7 +14,7 @@ from typing import Any
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import track
-from nnunet_sam2.rounds.nnunet_base import (
+from nnunet_sam2.rounds.nnunet.base import (
     PLANS,
     TRAINER,
     Fold,
@@ -24,8 +24,8 @@ from nnunet_sam2.rounds.nnunet_base import (
     read_plans,
     resolved_configuration,
 )
-from nnunet_sam2.rounds.nnunet_plan import SPLITS_FILE
-from nnunet_sam2.rounds.nnunet_process import child_environment, console_script, stream_logged
+from nnunet_sam2.rounds.nnunet.plan import SPLITS_FILE
+from nnunet_sam2.rounds.nnunet.process import child_environment, console_script, stream_logged
 from nnunet_sam2.storage import read_json, remove_temporary_files
 from nnunet_sam2.trainers.discovery import require_nnunet
 from nnunet_sam2.trainers.settings import ENVIRONMENT_PREFIX, RoundSettings

@@ -15,7 +15,7 @@ from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import track
-from nnunet_sam2.rounds.nnunet_base import (
+from nnunet_sam2.rounds.nnunet.base import (
     PLANS,
     RoundConfiguration,
     only_writer,
@@ -24,7 +24,7 @@ from nnunet_sam2.rounds.nnunet_base import (
     resolved_configuration,
     write_plans,
 )
-from nnunet_sam2.rounds.nnunet_cases import (
+from nnunet_sam2.rounds.nnunet.cases import (
     IMAGE,
     RECORD,
     Preprocessing,
@@ -36,7 +36,7 @@ from nnunet_sam2.rounds.nnunet_cases import (
     save_array,
     unlabelled_folder,
 )
-from nnunet_sam2.rounds.nnunet_plan import labelled_key
+from nnunet_sam2.rounds.nnunet.plan import labelled_key
 from nnunet_sam2.storage import atomic_folder, file_hash, read_json, value_hash, write_json
 from nnunet_sam2.trainers.settings import SETTINGS_KEY, RoundSettings
 from nnunet_sam2.volumes import read_label, read_map
