@@ -65,18 +65,24 @@ class Tracker:
                 recent[t] = self._answered(features, masks, iou, tokens, score)
 
     def prompts(self, batch: ClipBatch, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompt the first frame of each clip with points, a box or a coarse mask; return loss and Dice, (B,)."""
-        masks_bss = batch.masks_tbss[0]
-        kind = str(rng.choice(["points", "box", "mask"], p=[0.4, 0.4, 0.2]))
+        """Prompt every frame that shows its object, each by itself; return loss and Dice, (frames,).
+
+        With points, a box, a coarse mask or the last two together, as the strategies prompt.
+        """
+        masks = batch.masks_tbss.flatten(0, 1)
+        shown = torch.nonzero(low_target(masks, self._low).sum(dim=(1, 2)) > LEAST_TARGET)[:, 0]
+        masks_bss = masks[shown]
+        maps = [torch.cat([frame[level] for frame in batch.maps_tb])[shown] for level in range(3)]
+        kind = str(rng.choice(["points", "box", "mask", "box and mask"], p=[0.35, 0.25, 0.15, 0.25]))
         target = low_target(masks_bss, self._low)
         points, dense = None, None
-        if kind == "mask":
+        if "mask" in kind:
             dense = _coarse_logits(target, rng)
-        else:
-            points = draw_points(masks_bss.cpu().numpy(), rng, box=kind == "box")
+        if kind != "mask":
+            points = draw_points(masks_bss.cpu().numpy(), rng, box=kind != "points")
             points = tuple(p.to(masks_bss.device) for p in points)
-        top = batch.maps_tb[0][2] + self._model.no_mem_embed.reshape(1, -1, 1, 1)
-        masks, iou, _, score = self._decode(top, batch.maps_tb[0], points, dense)
+        top = maps[2] + self._model.no_mem_embed.reshape(1, -1, 1, 1)
+        masks, iou, _, score = self._decode(top, maps, points, dense)
         return frame_loss(masks, iou, score, target, single=True)
 
     def _decode(
