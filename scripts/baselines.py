@@ -5,12 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from nnunet_sam2.frames import Frames, resize
 from nnunet_sam2.support.cases import Query, Support
 
 SIZE = 128
 """Side of the square at which slices are compared."""
+
+
+class NoEmbeddings:
+    """Stand for the embeddings of a case that only baselines look at: they read none."""
+
+    key = "none"
+
+    def __len__(self) -> int:
+        return 0
+
+    def top(self, index: int) -> torch.Tensor:
+        """Refuse."""
+        raise RuntimeError("a baseline read an embedding")
+
+    def high(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refuse."""
+        raise RuntimeError("a baseline read an embedding")
 
 
 class CopyBaseline:

@@ -3,7 +3,7 @@
 ``python scripts/bench_sam2.py --sam2 NAME_OR_FILE`` labels query volumes from 1, 3 and 8 support volumes by each
 strategy, and by two methods that learn nothing: the mask of the best-matching support slice copied, and the same after
 affine registration. Options as they are by default; no test here decides any of them. Results are kept after every
-combination, so a killed benchmark goes on when started again.
+combination, so a killed benchmark goes on when started again. Without ``--sam2`` the two baselines alone are scored.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from baselines import CopyBaseline
+from baselines import SIZE as BASELINE_SIZE
+from baselines import CopyBaseline, NoEmbeddings
 from bench_data import DATA, PROJECT
+from marked_table import replace_marked
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.frames import Frames
@@ -27,12 +29,11 @@ from nnunet_sam2.labelling.fusion import FusionOptions, fuse
 from nnunet_sam2.labelling.registry import make_strategy
 from nnunet_sam2.labelling.strategy import Prepares
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
-from nnunet_sam2.storage import read_json, write_json, write_text
+from nnunet_sam2.storage import read_json, write_json
 from nnunet_sam2.support.cases import Query, Support
 from nnunet_sam2.volumes import read_label, read_volume
 
 RESULTS = PROJECT / "docs" / "benchmarks" / "sam2.json"
-START, END = "<!-- sam2: written by scripts/bench_sam2.py from benchmarks/sam2.json -->", "<!-- sam2: end -->"
 BASELINES = ("copy", "copy, registered")
 
 
@@ -79,7 +80,8 @@ SETS = {
 def main() -> None:
     """Score what is asked for and has no result yet, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sam2", default=None, help="name or checkpoint file; without it only the table is written")
+    parser.add_argument("--sam2", default=None, help="name or checkpoint file")
+    parser.add_argument("--table", action="store_true", help="only write the table from the results that are there")
     parser.add_argument("--name", default=None, help="name in the table (default: the file's)")
     parser.add_argument("--sets", nargs="+", choices=sorted(SETS), default=sorted(SETS))
     parser.add_argument("--supports", nargs="+", type=int, default=[1, 3, 8])
@@ -93,11 +95,17 @@ def main() -> None:
     parser.add_argument("--cache-dir", type=Path, default=None, help="keep embeddings between runs")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
-    if args.sam2 is not None:
-        backend = load_backend(
-            args.sam2, device=args.device, image_size=args.image_size, cache_dir=args.cache_dir, threads=args.threads
-        )
-        name = args.name or f"{backend.spec.name}, {backend.spec.image_size} px"
+    if not args.table:
+        backend = None
+        if args.sam2 is not None:
+            backend = load_backend(
+                args.sam2,
+                device=args.device,
+                image_size=args.image_size,
+                cache_dir=args.cache_dir,
+                threads=args.threads,
+            )
+        name = args.name or (f"{backend.spec.name}, {backend.spec.image_size} px" if backend else "")
         for set_name in args.sets:
             for supports in args.supports:
                 score_set(SETS[set_name], supports, backend, name, args)
@@ -106,7 +114,7 @@ def main() -> None:
 
 
 def score_set(
-    bench: Sam2BenchSet, supports: int, backend: MetaSam2Backend, name: str, args: argparse.Namespace
+    bench: Sam2BenchSet, supports: int, backend: MetaSam2Backend | None, name: str, args: argparse.Namespace
 ) -> None:
     """Score every labeller that has no result for this set and number of supports."""
     queries = args.queries or bench.queries
@@ -114,7 +122,7 @@ def score_set(
     for baseline in args.baselines:
         registered = baseline == BASELINES[1]
         tasks[baseline] = lambda given, registered=registered: CopyBaseline(given, registered=registered).label
-    for strategy in args.strategies:
+    for strategy in args.strategies if backend else ():
         tasks[f"{name}: {strategy}"] = lambda given, strategy=strategy: _labeller(strategy, given, backend, args.seed)
     results = read_json(args.output) if args.output.is_file() else {}
     key = f"{bench.name}/{supports}/seed {args.seed}/{queries} queries"
@@ -159,17 +167,13 @@ def draw_cases(bench: Sam2BenchSet, supports: int, queries: int, seed: int) -> t
 
 def write_table(results: Path, page: Path) -> None:
     """Replace the page's marked part with one table a set."""
-    text = page.read_text(encoding="utf-8")
-    before, marker, rest = text.partition(START)
-    if not marker or END not in rest:
-        raise SystemExit(f"{page} lacks the lines {START!r} and {END!r}")
     by_set: dict[str, dict[str, dict[str, Any]]] = {}
     for key, row in (read_json(results) if results.is_file() else {}).items():
         set_name, supports, *how = key.split("/")
         for task, entry in row.items():
             by_set.setdefault(f"{set_name} ({', '.join(how)})", {}).setdefault(task, {})[supports] = entry
     tables = "\n".join(_table(name, rows) for name, rows in by_set.items())
-    write_text(page, f"{before}{START}\n\n{tables}\n{END}{rest.partition(END)[2]}")
+    replace_marked(page, "sam2", tables or "Not run yet.")
 
 
 def _table(name: str, rows: dict[str, dict[str, Any]]) -> str:
@@ -193,8 +197,10 @@ def _table(name: str, rows: dict[str, dict[str, Any]]) -> str:
 
 
 def _labeller(
-    strategy_name: str, given: Sequence[Support], backend: MetaSam2Backend, seed: int
+    strategy_name: str, given: Sequence[Support], backend: MetaSam2Backend | None, seed: int
 ) -> Callable[[Query], np.ndarray]:
+    if backend is None:
+        raise ValueError(f"strategy {strategy_name} needs a SAM 2")
     values = tuple(sorted({int(v) for support in given for v in np.unique(support.label_zyx) if v}))
     strategy = make_strategy(strategy_name)
     if isinstance(strategy, Prepares):
@@ -210,15 +216,16 @@ def _labeller(
     return label
 
 
-def _support(bench: Sam2BenchSet, name: str, backend: MetaSam2Backend) -> Support:
+def _support(bench: Sam2BenchSet, name: str, backend: MetaSam2Backend | None) -> Support:
     folder = DATA / bench.name
     volume = read_volume([folder / "images" / name])
     label_zyx, _ = read_label(folder / "labels" / name)
-    frames = Frames.from_volume(volume, size=backend.spec.image_size)
+    # The baselines scale frames down themselves; what they start from changes nothing beyond rounding.
+    frames = Frames.from_volume(volume, size=backend.spec.image_size if backend else 2 * BASELINE_SIZE)
     return Support(
         case_id=name.split(".")[0],
         frames=frames,
-        embeddings=backend.embed(frames),
+        embeddings=backend.embed(frames) if backend else NoEmbeddings(),
         label_zyx=(label_zyx > 0).astype(np.uint8) if bench.merge else label_zyx,
         geometry=volume.geometry,
     )
@@ -242,9 +249,9 @@ def _summary(bench: Sam2BenchSet, scores: Sequence[Mapping[str, float | None]]) 
     return {"mean": round(mean, 4), "classes": classes, "cases": len(scores)}
 
 
-def _checkpoint(task: str, backend: MetaSam2Backend) -> str | None:
+def _checkpoint(task: str, backend: MetaSam2Backend | None) -> str | None:
     """Return the hash that a task's result depends on; the copies depend on none."""
-    return None if task in BASELINES else backend.spec.checkpoint_hash
+    return None if task in BASELINES or backend is None else backend.spec.checkpoint_hash
 
 
 if __name__ == "__main__":

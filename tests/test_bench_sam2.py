@@ -8,29 +8,13 @@ from pathlib import Path
 import bench_sam2
 import numpy as np
 import pytest
-import torch
-from baselines import CopyBaseline
+from baselines import CopyBaseline, NoEmbeddings
 from scipy import ndimage
 
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.support.cases import Support
 from nnunet_sam2.volumes import Volume
-
-
-class NoEmbeddings:
-    """Stand where a labeller that learns nothing must not look."""
-
-    key = "none"
-
-    def __len__(self) -> int:
-        return 0
-
-    def top(self, index: int) -> torch.Tensor:
-        raise AssertionError("a baseline read an embedding")
-
-    def high(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        raise AssertionError("a baseline read an embedding")
 
 
 def _case(image_zyx: np.ndarray, label_zyx: np.ndarray) -> Support:
@@ -99,7 +83,7 @@ def test_queries_stay_the_same_and_share_no_patient_with_the_supports(tmp_path: 
 
 def test_the_table_goes_between_the_markers_and_leaves_the_rest(tmp_path: Path):
     page, results = tmp_path / "page.md", tmp_path / "sam2.json"
-    page.write_text(f"before\n{bench_sam2.START}\nold\n{bench_sam2.END}\nafter\n")
+    page.write_text("before\n<!-- sam2: written by x -->\nold\n<!-- sam2: end -->\nafter\n")
     entry = {"mean": 0.5, "classes": {"breast": 0.5}, "seconds_a_volume": 1.0, "cases": 2}
     results.write_text(
         json.dumps(
@@ -112,7 +96,7 @@ def test_the_table_goes_between_the_markers_and_leaves_the_rest(tmp_path: Path):
     bench_sam2.write_table(results, page)
     text = page.read_text()
     assert text.startswith("before\n")
-    assert text.endswith(f"{bench_sam2.END}\nafter\n")
+    assert text.endswith("<!-- sam2: end -->\nafter\n")
     assert "old" not in text
     assert "| copy | 0.500 |  | 1.0 |" in text
     assert "| model, 256 px: transfer | 0.500 | 0.750 | 1.0 |" in text
@@ -122,5 +106,5 @@ def test_the_table_goes_between_the_markers_and_leaves_the_rest(tmp_path: Path):
 def test_a_page_without_the_markers_is_refused(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text("nothing here\n")
-    with pytest.raises(SystemExit, match="lacks the lines"):
+    with pytest.raises(SystemExit, match="lacks a line"):
         bench_sam2.write_table(tmp_path / "sam2.json", page)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pickle
 import re
 import zipfile
@@ -12,13 +14,16 @@ from typing import Any
 
 import torch
 
-from nnunet_sam2.errors import InputError
+from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.sam2.config import ModelConfig, config_names, load_config
-from nnunet_sam2.storage import file_hash
+from nnunet_sam2.storage import atomic_path, file_hash
 
 _STEM = "image_encoder.trunk.patch_embed.proj.weight"
 _BLOCK = re.compile(r"image_encoder\.trunk\.blocks\.(\d+)\.")
 _VERSION_2_1 = "no_obj_embed_spatial"
+_METADATA = "nnunet_sam2"
+_LONGEST_HEADER = 100_000_000
+"""Bytes; safetensors itself reads no longer header."""
 _WAY_OUT = "give a SAM 2 checkpoint of Meta's release (.pt) or one converted to .safetensors"
 
 
@@ -33,32 +38,79 @@ class Checkpoint:
     """Text pairs from the header of a safetensors file: ``config`` names an architecture, ``origin`` the source."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredTensors:
+    """Hold the tensors of a checkpoint file as they are stored, and the text pairs of its header."""
+
+    state: dict[str, torch.Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a .safetensors or .pt checkpoint; nothing stored in it is executed.
 
     Raises `InputError` for a missing, truncated or foreign file, a pickle that holds more than tensors, and weights
     that are not finite.
     """
-    if not path.is_file():
-        raise InputError(f"no SAM 2 checkpoint at {path}; {_WAY_OUT}")
-    with path.open("rb") as handle:
-        head = handle.read(512)
-    metadata: Mapping[str, str] = {}
-    if head[:2] == b"PK" or head[:1] == b"\x80":
-        state = _read_torch(path)
-    elif head[8:9] == b"{":
-        state, metadata = _read_safetensors(path)
-    else:
-        raise InputError(f"{path} is not a checkpoint but {_what(head)}; {_WAY_OUT}")
+    stored = read_tensors(path)
+    state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in stored.state.items()}
+    return Checkpoint(path=path, sha256=file_hash(path), state=state, metadata=stored.metadata)
+
+
+def read_tensors(path: Path) -> StoredTensors:
+    """Read a checkpoint as `read_checkpoint` does, with its tensors as they are stored, sorted by name."""
+    check_file_kind(path)
+    kind = _kind(_head(path))
+    state, metadata = _read_safetensors(path) if kind == "safetensors" else (_read_torch(path), {})
     if _STEM not in state:
         raise InputError(f"{path} holds no SAM 2 image encoder ({len(state)} tensors, none named {_STEM}); {_WAY_OUT}")
-    state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in sorted(state.items())}
+    state = dict(sorted(state.items()))
     broken = [key for key, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise InputError(
             f"{path} holds NaN or infinite weights, first in {broken[0]}; the file is damaged, get it anew"
         )
-    return Checkpoint(path=path, sha256=file_hash(path), state=state, metadata=metadata)
+    return StoredTensors(state=state, metadata=metadata)
+
+
+def check_file_kind(path: Path) -> None:
+    """Raise `InputError` where a file is no checkpoint or is cut off, by its first and last bytes alone."""
+    if not path.is_file():
+        raise InputError(f"no SAM 2 checkpoint at {path}; {_WAY_OUT}")
+    head = _head(path)
+    kind = _kind(head)
+    if kind == "archive":
+        _check_archive(path)
+    elif kind == "safetensors":
+        _check_length(path)
+    elif kind is None:
+        raise InputError(f"{path} is not a checkpoint but {_what(head)}; {_WAY_OUT}")
+
+
+def digest(state: Mapping[str, torch.Tensor]) -> str:
+    """Compute the sha256 of weights: names, types, shapes and bytes, whatever the file that they came from."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def write_safetensors(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write weights as they are and text about them, atomically and read back; same input, same bytes.
+
+    Raises `StageError` where what was written reads back differently.
+    """
+    from safetensors.torch import save_file
+
+    # Views into one storage, which a .pt may hold, have to be taken apart.
+    apart = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
+    with atomic_path(path) as temporary:
+        # One entry holds everything, because safetensors does not keep several in a fixed order.
+        save_file(apart, temporary, metadata={_METADATA: json.dumps(dict(metadata), sort_keys=True)})
+        written, _ = _read_safetensors(temporary)
+        if digest(written) != digest(state):
+            raise StageError(f"{path}: what was written reads back differently; check the disk")
 
 
 def recognise(checkpoint: Checkpoint) -> ModelConfig:
@@ -83,14 +135,66 @@ def recognise(checkpoint: Checkpoint) -> ModelConfig:
     )
 
 
+def _head(path: Path) -> bytes:
+    with path.open("rb") as handle:
+        return handle.read(512)
+
+
+def _kind(head: bytes) -> str | None:
+    if head[:4] == b"PK\x03\x04":
+        return "archive"
+    # Before the pickle's mark, for that can be the first byte of the header's length as well.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LONGEST_HEADER:
+        return "safetensors"
+    return "pickle" if head[:1] == b"\x80" else None
+
+
+def _check_archive(path: Path) -> None:
+    if not zipfile.is_zipfile(path):
+        raise InputError(
+            f"{path} is damaged: it is cut off, for the end of its archive is missing "
+            f"({path.stat().st_size} bytes are there); get it anew"
+        )
+    with zipfile.ZipFile(path) as archive:
+        inside = {name.rpartition("/")[2] for name in archive.namelist()}
+    if "constants.pkl" in inside:
+        raise InputError(f"{path} is a TorchScript program, not a table of weights; {_WAY_OUT}")
+    if "data.pkl" not in inside:
+        raise InputError(f"{path} is a zip archive of something else than weights; {_WAY_OUT}")
+
+
+def _check_length(path: Path) -> None:
+    """Hold the length that a safetensors header announces against the file's."""
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = handle.read(length)
+    whole = 8 + length
+    if len(header) == length:
+        try:
+            whole += max(item["data_offsets"][1] for key, item in json.loads(header).items() if key != "__metadata__")
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            raise InputError(f"{path} is a damaged safetensors file (unreadable header); get it anew") from None
+    if size < whole:
+        raise InputError(f"{path} is damaged: it is cut off, {size} of at least {whole} bytes are there; get it anew")
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt", device="cpu") as handle:
-            return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
+            metadata: dict[str, str] = handle.metadata() or {}
+            state = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is a damaged safetensors file ({error}); get it anew") from None
+    packed = metadata.pop(_METADATA, None)
+    if packed is not None:
+        try:
+            metadata.update({str(key): str(value) for key, value in json.loads(packed).items()})
+        except (ValueError, AttributeError):
+            raise InputError(f"{path} has a damaged header entry {_METADATA}; get it anew") from None
+    return state, metadata
 
 
 def _read_torch(path: Path) -> dict[str, torch.Tensor]:
@@ -119,11 +223,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _what(head: bytes) -> str:
-    start = head.lstrip().lower()
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not head:
         return "empty"
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<")):
         return "a web page (the download failed or wanted a login)"
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer (fetch the file itself with: git lfs pull)"
+    if start.startswith(b"{"):
+        return "JSON text (perhaps a server's error message)"
     return "a file of another kind"
