@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import interpolate
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.sam2.cache import TENSORS, EmbeddingCache
 from nnunet_sam2.sam2.checkpoint import read_checkpoint, recognise
-from nnunet_sam2.sam2.config import UNTRAINED, check_image_size, config_names, load_config
+from nnunet_sam2.sam2.config import check_image_size, load_config
+from nnunet_sam2.sam2.decoder import decode_frame
 from nnunet_sam2.sam2.model import build_model, build_untrained, load_weights
 from nnunet_sam2.sam2.propagation import VideoWalker
 from nnunet_sam2.sam2.protocol import Decoded, Embeddings, Propagated, Sam2Spec
+from nnunet_sam2.sam2.weights_cache import find_weights, require_unchanged
 from nnunet_sam2.storage import value_hash
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -28,8 +30,6 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 _EMBEDDING_VERSION = 1
 _ACCELERATOR_BATCH = 8
-_PADDING, _NEGATIVE, _POSITIVE, _CORNER_FIRST, _CORNER_LAST = -1, 0, 1, 2, 3
-"""Point labels of SAM's prompt encoder."""
 
 
 def load_backend(
@@ -41,43 +41,40 @@ def load_backend(
     threads: int | None = None,
     precision: str | None = None,
 ) -> MetaSam2Backend:
-    """Make a back end from a checkpoint file, or from ``untrained``, the seeded small model.
+    """Make a back end from named weights (``nnunet_sam2 weights list``) or from a checkpoint file.
 
     ``device`` is auto, cpu, cuda or mps; ``image_size`` defaults to the architecture's working size (512 for Meta's);
     ``cache_dir`` keeps embeddings between runs; ``threads`` bounds torch on the CPU; ``precision`` of the image encoder
-    is bfloat16 where the processor computes in it, else float32. Raises `InputError` for anything that cannot be used.
+    is bfloat16 where the processor computes in it, else float32. Raises `InputError` for anything that cannot be used,
+    such as a name that is unknown or not fetched, and a kept file that is not as it was recorded.
     """
     torch_device = choose_device(device)
     if image_size is not None:
         check_image_size(image_size)
     if precision not in (None, "float32", "bfloat16"):
         raise InputError(f"precision {precision!r}: take float32 or bfloat16")
-    if name_or_file == UNTRAINED:
-        config = load_config(UNTRAINED)
+    found = find_weights(name_or_file)
+    if found.path is None:
+        config = load_config(found.name)
         size = image_size or config.image_size
         model = build_untrained(config, size)
-        checkpoint_hash = _state_hash(model)
+        checkpoint_hash = state_hash(model.state_dict())
         has_memory, origin = True, f"untrained: weights drawn with seed {config.seed}"
     else:
-        path = Path(name_or_file).expanduser()
-        if not path.is_file() and name_or_file.removesuffix(".pt") in config_names():
-            raise InputError(
-                f"there is no file {name_or_file}, and the weights of Meta's models are not bundled. Download the "
-                "checkpoint (links: https://github.com/facebookresearch/sam2) and give its path: "
-                f"--sam2 /path/to/{name_or_file.removesuffix('.pt')}.pt"
-            )
-        checkpoint = read_checkpoint(path)
+        if found.record is not None:
+            require_unchanged(found.record)
+        checkpoint = read_checkpoint(found.path)
         config = recognise(checkpoint)
         size = image_size or config.image_size
         model = build_model(config, size)
-        has_memory = load_weights(model, checkpoint.state, where=str(path))
-        checkpoint_hash = checkpoint.sha256
+        has_memory = load_weights(model, checkpoint.state, where=str(found.path))
+        checkpoint_hash = checkpoint.sha256 if found.record is None else found.record.tensors_sha256
         kind = "with video memory" if has_memory else "image parts only"
-        origin = checkpoint.metadata.get("origin") or f"{config.title} from {path.name} ({kind})"
+        origin = checkpoint.metadata.get("origin") or f"{config.title} from {found.path.name} ({kind})"
     return MetaSam2Backend(
         model=model.to(torch_device),
         spec=Sam2Spec(
-            name=Path(name_or_file).stem if name_or_file != UNTRAINED else UNTRAINED,
+            name=found.name,
             checkpoint_hash=checkpoint_hash,
             image_size=size,
             has_memory=has_memory,
@@ -164,47 +161,39 @@ class MetaSam2Backend:
         boxes_k4: np.ndarray | None = None,
         points: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
         mask_logits_khw: torch.Tensor | None = None,
+        features_kchw: torch.Tensor | None = None,
+        gate_khw: torch.Tensor | None = None,
+        several: bool = False,
     ) -> Decoded:
         """Answer K prompts on one frame; see `Sam2Backend.decode`.
 
-        As in SAM 2's training, a mask without points comes with a padding point, and a single mask is asked for, with
-        the fallback to the best of three where it is unstable.
+        Masks are not gated by object score: who prompts a frame says that the object is there, and sam2's image
+        predictor does not ask either.
         """
-        coordinates, labels, count = _point_prompts(boxes_k4, points, mask_logits_khw)
-        model = self._model
         with self._computing():
-            mask_prompt = None
-            if mask_logits_khw is not None:
-                mask_prompt = mask_logits_khw.to(self._device).float()[:, None].clamp(-32.0, 32.0)
-            top = embeddings.top(index).to(self._device)[None] + model.no_mem_embed.reshape(1, -1, 1, 1)
-            high = [m.to(self._device)[None].expand(count, -1, -1, -1) for m in embeddings.high(index)]
-            # Without the gate by object score: who prompts a frame says that the object is there, and sam2's image
-            # predictor does not ask either.
-            sparse, dense = model.sam_prompt_encoder(
-                points=(
-                    torch.from_numpy(coordinates).to(self._device),
-                    torch.from_numpy(labels).to(self._device),
-                ),
-                boxes=None,
-                masks=mask_prompt,
+            return decode_frame(
+                self._model,
+                self._device,
+                embeddings,
+                index,
+                boxes_k4=boxes_k4,
+                points=points,
+                mask_logits_khw=mask_logits_khw,
+                features_kchw=features_kchw,
+                gate_khw=gate_khw,
+                several=several,
             )
-            low_res, iou, _, _ = model.sam_mask_decoder(
-                image_embeddings=top.expand(count, -1, -1, -1),
-                image_pe=model.sam_prompt_encoder.get_dense_pe(),
-                sparse_prompt_embeddings=sparse,
-                dense_prompt_embeddings=dense,
-                multimask_output=False,
-                repeat_image=False,
-                high_res_features=high,
-            )
-            low_res = low_res.float()
-            size = (self._spec.image_size, self._spec.image_size)
-            high_res = interpolate(low_res, size=size, mode="bilinear", align_corners=False)
-        return Decoded(
-            logits_kss=high_res[:, 0],
-            low_res_logits_khw=low_res[:, 0],
-            iou_k=iou[:, 0].float().clamp(0.0, 1.0),
-        )
+
+    def recall(
+        self,
+        frame: tuple[Embeddings, int],
+        memories: Sequence[tuple[Embeddings, int]],
+        masks_mkss: np.ndarray,
+    ) -> torch.Tensor:
+        """Return a frame's features after attention to prompted frames; see `Sam2Backend.recall`."""
+        walker = self._memory()
+        with self._computing(reduced=self._device.type == "cuda"):
+            return walker.recall(frame, memories, masks_mkss).float()
 
     def propagate(
         self,
@@ -224,12 +213,7 @@ class MetaSam2Backend:
         reverse: bool = False,
     ) -> Iterator[Propagated]:
         """Yield what `propagate` returns frame by frame."""
-        if self._walker is None:
-            raise InputError(
-                f"SAM 2 checkpoint {self._spec.name} holds no video memory, so masks cannot be carried through a "
-                f"volume; use a strategy that needs none (--strategy transfer) or a whole checkpoint"
-            )
-        steps = self._walker.walk(video, masks_kss, reverse=reverse)
+        steps = self._memory().walk(video, masks_kss, reverse=reverse)
         while True:
             # The context is left between frames, so that the caller never runs inside it.
             with self._computing(reduced=self._device.type == "cuda"):
@@ -259,6 +243,34 @@ class MetaSam2Backend:
         finally:
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
+
+    def model_copy(self) -> Any:
+        """Return a copy of the model that may be trained; see `Sam2Backend.model_copy`."""
+        return copy.deepcopy(self._model)
+
+    def adapted(self, changed: Mapping[str, torch.Tensor], *, name: str) -> MetaSam2Backend:
+        """Return a back end with some weights replaced; see `Sam2Backend.adapted`."""
+        model = self.model_copy()
+        unknown = sorted(changed.keys() - model.state_dict().keys())
+        if unknown:
+            raise ValueError(f"{self._spec.name} has no weights {unknown[0]}")
+        model.load_state_dict(dict(changed), strict=False)
+        identity = [self._spec.checkpoint_hash, state_hash({key: tensor.cpu() for key, tensor in changed.items()})]
+        return MetaSam2Backend(
+            model=model,
+            spec=replace(self._spec, name=f"{self._spec.name}+{name}", checkpoint_hash=value_hash(identity)),
+            device=self._device,
+            cache=self._cache,
+            threads=self._threads,
+        )
+
+    def _memory(self) -> VideoWalker:
+        if self._walker is None:
+            raise InputError(
+                f"SAM 2 checkpoint {self._spec.name} holds no video memory, so masks cannot be carried through a "
+                f"volume; use a strategy that needs none (--strategy transfer) or a whole checkpoint"
+            )
+        return self._walker
 
     def record(self) -> dict[str, Any]:
         """Return the model's identity as a JSON value."""
@@ -292,34 +304,10 @@ def default_precision(device: torch.device) -> str:
     return "float32"
 
 
-def _point_prompts(
-    boxes_k4: np.ndarray | None,
-    points: Sequence[tuple[np.ndarray, np.ndarray]] | None,
-    mask_logits_khw: torch.Tensor | None,
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Write boxes and points as labelled points of equal number: (K, P, 2) float32, (K, P) int32."""
-    counts = {len(prompts) for prompts in (boxes_k4, points, mask_logits_khw) if prompts is not None}
-    if len(counts) != 1 or counts == {0}:
-        raise ValueError(f"prompts must be given, the same number of each kind, got {sorted(counts)}")
-    count = counts.pop()
-    width = max((len(labels) for _, labels in points), default=0) if points is not None else 0
-    corners = 2 if boxes_k4 is not None else 0
-    total = max(1, corners + width)
-    coordinates = np.zeros((count, total, 2), dtype=np.float32)
-    labels_kp = np.full((count, total), _PADDING, dtype=np.int32)
-    if boxes_k4 is not None:
-        coordinates[:, :2] = np.asarray(boxes_k4, dtype=np.float32).reshape(count, 2, 2)
-        labels_kp[:, 0], labels_kp[:, 1] = _CORNER_FIRST, _CORNER_LAST
-    for k, (xy_p2, positive_p) in enumerate(points or ()):
-        stop = corners + len(positive_p)
-        coordinates[k, corners:stop] = xy_p2
-        labels_kp[k, corners:stop] = np.where(np.asarray(positive_p, dtype=bool), _POSITIVE, _NEGATIVE)
-    return coordinates, labels_kp, count
-
-
-def _state_hash(model: torch.nn.Module) -> str:
+def state_hash(state: Mapping[str, torch.Tensor]) -> str:
+    """Compute a hash of named weights on the CPU."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -84,6 +84,30 @@ class VideoWalker:
             if t not in masks_kss or not np.any(masks_kss[t]):
                 yield self._gather(t, answers, count)
 
+    def recall(self, frame: tuple[Embeddings, int], memories: Video, masks_mkss: np.ndarray) -> torch.Tensor:
+        """Return a frame's features after attention to prompted frames, (K, C, H, W): a walk's step up to the decoder.
+
+        See `Sam2Backend.recall` for the arguments.
+        """
+        prompts = dict(enumerate(masks_mkss))
+        shown, count = _check(memories, prompts, self._model.image_size)
+        if not prompts or len(prompts) != len(memories) or not all(objects.all() for objects in shown.values()):
+            raise ValueError("every object needs a mask on every remembered frame, and there must be one")
+        features, positions = self._features(frame, count)
+        recalled: torch.Tensor = self._model._prepare_memory_conditioned_features(
+            frame_idx=len(memories),
+            is_init_cond_frame=False,
+            current_vision_feats=features[-1:],
+            current_vision_pos_embeds=positions[-1:],
+            feat_sizes=self._feature_sizes[-1:],
+            output_dict={
+                "cond_frame_outputs": {t: self._prompted(memories[t], mask) for t, mask in prompts.items()},
+                "non_cond_frame_outputs": {},
+            },
+            num_frames=len(memories) + 1,
+        )
+        return recalled
+
     def _features(self, frame: tuple[Embeddings, int], objects: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         embeddings, index = frame
         maps = [*embeddings.high(index), embeddings.top(index)]

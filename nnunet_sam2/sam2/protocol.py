@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -61,6 +61,8 @@ class Decoded:
     """Mask logits at a quarter of the model size; may be given back as a mask prompt."""
     iou_k: torch.Tensor
     """The model's own estimate of each mask's IoU, (K,), 0 to 1."""
+    object_score_k: torch.Tensor | None = None
+    """Logit of the object's presence on the frame, (K,); says something only where memory was read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +94,29 @@ class Sam2Backend(Protocol):
         boxes_k4: np.ndarray | None = None,
         points: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
         mask_logits_khw: torch.Tensor | None = None,
+        features_kchw: torch.Tensor | None = None,
+        gate_khw: torch.Tensor | None = None,
+        several: bool = False,
     ) -> Decoded:
         """Answer K prompts on one frame.
 
         ``boxes_k4`` are (x0, y0, x1, y1) and ``points`` (xy_p2, positive_p) pairs, one a prompt, in pixels at model
-        size; ``mask_logits_khw`` are logits at a quarter of the model size. At least one kind must be given.
+        size; ``mask_logits_khw`` are logits at a quarter of the model size. ``features_kchw`` are the frame's features
+        after `recall`, which ask for a mask by themselves. At least one kind must be given. ``gate_khw`` (0 to 1, any
+        size) bounds where the decoder's tokens read the image. ``several`` takes the best of three masks by their own
+        IoU, as SAM 2 does where a prompt says little.
+        """
+        ...
+
+    def recall(
+        self,
+        frame: tuple[Embeddings, int],
+        memories: Sequence[tuple[Embeddings, int]],
+        masks_mkss: np.ndarray,
+    ) -> torch.Tensor:
+        """Return a frame's coarsest features after attention to M other frames with K objects' masks, (K, C, H, W).
+
+        ``masks_mkss`` is bool; every object has a mask on every frame. The last of the frames stands nearest in time.
         """
         ...
 
@@ -123,4 +143,12 @@ class Sam2Backend(Protocol):
         reverse: bool = False,
     ) -> Iterator[Propagated]:
         """Yield what `propagate` returns frame by frame, so that a long video's masks never lie in memory together."""
+        ...
+
+    def model_copy(self) -> Any:
+        """Return a copy of the model (sam2's own class, float32) that an adaptation may train."""
+        ...
+
+    def adapted(self, changed: Mapping[str, torch.Tensor], *, name: str) -> Sam2Backend:
+        """Return a back end with some weights replaced; its name and its hash tell that, so that nothing is mixed."""
         ...
