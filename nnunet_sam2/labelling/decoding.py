@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from nnunet_sam2.labelling.prompts import model_boxes, seed_prompts, seeds
 from nnunet_sam2.sam2.protocol import Embeddings, Sam2Backend
 
 _LEAST_AREA = 1e-4
@@ -62,13 +63,12 @@ def make_prompts(prob_chw: torch.Tensor, size: int, kinds: PromptKinds) -> Promp
         return None
     scale_xy = np.array([size / width, size / height], np.float32)
     masks = [winner_hw == k + 1 for k in shown]
-    boxes_k4 = np.stack([_box(mask, scale_xy, size, kinds.padding) for mask in masks]) if kinds.box else None
+    boxes_k4 = None
+    if kinds.box:
+        boxes_k4 = model_boxes(masks, kinds.padding, size)
     points = None
     if kinds.points:
-        centres_k2 = np.stack([_deepest(mask) * scale_xy for mask in masks])
-        order = [[i, *(j for j in range(len(shown)) if j != i)] for i in range(len(shown))]
-        positive = np.arange(len(shown)) == 0
-        points = [(centres_k2[indices].astype(np.float32), positive) for indices in order]
+        points = seed_prompts(seeds(masks), shown, scale_xy)
     logits_khw = None
     if kinds.mask:
         prob_khw = prob_chw[[k + 1 for k in shown]].clamp(1e-4, 1 - 1e-4)
@@ -118,20 +118,3 @@ def put_in(prob_chw: torch.Tensor, decoded: Mapping[int, torch.Tensor], share: M
         result[k + 1] = after_hw
         result[0] += torch.where(known, torch.zeros_like(rest_hw), 1.0 - after_hw)
     return result
-
-
-def _box(mask_hw: np.ndarray, scale_xy: np.ndarray, size: int, padding: float) -> np.ndarray:
-    rows, columns = np.flatnonzero(mask_hw.any(axis=1)), np.flatnonzero(mask_hw.any(axis=0))
-    low = np.array([columns[0], rows[0]], np.float32) * scale_xy
-    high = np.array([columns[-1] + 1, rows[-1] + 1], np.float32) * scale_xy
-    margin = padding * (high - low)
-    return np.concatenate([np.clip(low - margin, 0, size - 1), np.clip(high + margin, 0, size - 1)])
-
-
-def _deepest(mask_hw: np.ndarray) -> np.ndarray:
-    """Return (x, y) of the pixel centre farthest from the mask's border, the frame's border included."""
-    from scipy.ndimage import distance_transform_edt
-
-    depth_hw = distance_transform_edt(np.pad(mask_hw, 1))[1:-1, 1:-1]
-    row, column = np.unravel_index(int(depth_hw.argmax()), depth_hw.shape)
-    return np.array([column + 0.5, row + 0.5], np.float32)

@@ -1,7 +1,4 @@
-"""The student's prediction prompts SAM 2's decoder, and is kept where the decoder would not improve it.
-
-Shape letters: N slices, C channels (background first), K classes, h w pixels of a map at a quarter of the model size.
-"""
+"""The student's prediction prompts SAM 2's decoder, and is kept where the decoder would not improve it."""
 
 from __future__ import annotations
 
@@ -10,17 +7,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.frames import resize
-from nnunet_sam2.labelling.decoding import PromptKinds, decode_map, put_in
+from nnunet_sam2.labelling.decoding import PromptKinds, decode_map
 from nnunet_sam2.labelling.fusion import as_probability, normalised
 from nnunet_sam2.labelling.leave_one_out import DiceTable, best_choices
 from nnunet_sam2.labelling.member import Member
-from nnunet_sam2.labelling.slice_check import SliceDice, check_slices
+from nnunet_sam2.labelling.redraw import Redraw, check_redraws, redraw_volume, rows_json
+from nnunet_sam2.labelling.slice_check import check_slices
 from nnunet_sam2.progress import track
-from nnunet_sam2.sam2.protocol import Sam2Backend
+from nnunet_sam2.sam2.protocol import Embeddings, Sam2Backend
 from nnunet_sam2.support.cases import Query, Support
 
 _STUDENT = "student"
@@ -29,8 +25,6 @@ _KINDS = {
     "box+mask": PromptKinds(box=True, points=False, mask=True),
     "box+points+mask": PromptKinds(box=True, points=True, mask=True),
 }
-_SHARES = {"": 1.0, " mean": 0.5}
-"""A choice is a kind of prompt, taken whole or averaged with the student's map."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +74,7 @@ class Prompted:
             support.case_id: self._check(support, class_values, backend)
             for support in track(checked, what="checking prompts", total=len(checked))
         }
-        return {
-            "prompt_check": {
-                case_id: {name: {str(v): d for v, d in table.items()} for name, table in row.items()}
-                for case_id, row in self._rows.items()
-            }
-        }
+        return {"prompt_check": rows_json(self._rows)}
 
     def members(
         self,
@@ -102,8 +91,8 @@ class Prompted:
         choices = best_choices(
             self._rows, class_values, default=_STUDENT, without=query.case_id, least_gain=self._options.least_gain
         )
-        if set(choices.values()) != {_STUDENT}:
-            prob_czyx = self._redraw(query, prob_czyx, [choices[value] for value in class_values], backend)
+        redraws = _redraws(backend, query.embeddings)
+        prob_czyx = redraw_volume(query.frames, prob_czyx, [choices[value] for value in class_values], redraws)
         yield Member(
             name=self.name,
             prob_kzyx=prob_czyx[1:],
@@ -114,48 +103,21 @@ class Prompted:
             },
         )
 
-    def _redraw(self, query: Query, prob_czyx: np.ndarray, choice_k: Sequence[str], backend: Sam2Backend) -> np.ndarray:
-        """Redraw at the decoder's resolution, and add only the change to the student's own map.
-
-        So a voxel that the decoder leaves alone keeps the student's value, unblurred by the way there and back.
-        """
-        frames = query.frames
-
-        def changes() -> Iterator[np.ndarray]:
-            for n in range(len(frames)):
-                before_chw = _at_model(frames.slices_first, prob_czyx, n, backend.spec.image_size // 4)
-                after_chw = before_chw
-                for name, kinds in _KINDS.items():
-                    shares = {
-                        k: share
-                        for suffix, share in _SHARES.items()
-                        for k, choice in enumerate(choice_k)
-                        if choice == name + suffix
-                    }
-                    if shares:
-                        decoded = decode_map(backend, query.embeddings, n, before_chw, kinds)
-                        after_chw = put_in(after_chw, decoded, shares)
-                yield (after_chw - before_chw).numpy()
-
-        return normalised((prob_czyx + frames.to_volume(changes())).clip(0.0, 1.0))
-
     def _check(self, support: Support, class_values: tuple[int, ...], backend: Sam2Backend) -> dict[str, DiceTable]:
         if support.student_prob_czyx is None:
             raise ValueError(f"support {support.case_id} comes without a prediction of the student")
-        prob_czyx = normalised(as_probability(support.student_prob_czyx))
-        names = [_STUDENT, *(name + suffix for name in _KINDS for suffix in _SHARES)]
-        scores = {name: SliceDice(class_values) for name in names}
-        every = range(len(class_values))
-        for n in check_slices(support, class_values, self._options.check_slices):
-            before_chw = _at_model(support.frames.slices_first, prob_czyx, n, backend.spec.image_size // 4)
-            scores[_STUDENT].add(support, n, before_chw)
-            for name, kinds in _KINDS.items():
-                decoded = decode_map(backend, support.embeddings, n, before_chw, kinds)
-                for suffix, share in _SHARES.items():
-                    scores[name + suffix].add(support, n, put_in(before_chw, decoded, dict.fromkeys(every, share)))
-        return {name: score.table() for name, score in scores.items()}
+        return check_redraws(
+            support,
+            normalised(as_probability(support.student_prob_czyx)),
+            class_values,
+            _redraws(backend, support.embeddings),
+            check_slices(support, class_values, self._options.check_slices),
+            default=_STUDENT,
+        )
 
 
-def _at_model(slices_first: Any, prob_czyx: np.ndarray, n: int, side: int) -> torch.Tensor:
-    slice_chw = np.stack([slices_first(prob_zyx)[n] for prob_zyx in prob_czyx])
-    return torch.from_numpy(resize(slice_chw, (side, side)))
+def _redraws(backend: Sam2Backend, embeddings: Embeddings) -> dict[str, Redraw]:
+    def by(kinds: PromptKinds) -> Redraw:
+        return lambda n, prob_chw: decode_map(backend, embeddings, n, prob_chw, kinds)
+
+    return {name: by(kinds) for name, kinds in _KINDS.items()}
