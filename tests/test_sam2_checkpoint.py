@@ -172,7 +172,7 @@ def test_a_truncated_checkpoint_is_refused_by_name(tmp_path, state, ending, part
     else:
         save_file(state, path)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
-    with pytest.raises(InputError, match=r"cut\..*damaged"):
+    with pytest.raises(InputError, match=r"cut\..*damaged: it is cut off"):
         read_checkpoint(path)
 
 
@@ -182,6 +182,7 @@ def test_a_truncated_checkpoint_is_refused_by_name(tmp_path, state, ending, part
         (b"<!DOCTYPE html><html>Sign in</html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"),
         (b"", "empty"),
+        (b'{"error": "Repository not found"}', "JSON text"),
         (b"GIF89a" + bytes(100), "another kind"),
     ],
 )
@@ -215,11 +216,16 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, state):
         read_checkpoint(path)
 
 
-def test_a_released_models_name_without_a_file_says_how_to_give_one():
-    with pytest.raises(InputError, match=r"--sam2 /path/to/sam2_hiera_tiny\.pt"):
-        load_backend("sam2_hiera_tiny")
-    with pytest.raises(InputError, match="no SAM 2 checkpoint at"):
+def test_a_path_that_leads_nowhere_is_refused_with_the_names_that_there_are():
+    with pytest.raises(InputError, match=r"no SAM 2 checkpoint at nowhere\.pt.*sam2_hiera_tiny"):
         load_backend("nowhere.pt")
+
+
+def test_a_header_that_contradicts_the_weights_is_refused_with_what_they_are(tmp_path, state):
+    path = tmp_path / "mislabelled.safetensors"
+    save_file(state, path, {"config": "sam2.1_hiera_small"})
+    with pytest.raises(InputError, match=r"mislabelled.*sam2\.1_hiera_small.*those of untrained"):
+        load_backend(str(path), device="cpu")
 
 
 @pytest.mark.parametrize("options", [{"image_size": 100}, {"device": "tpu"}, {"precision": "int8"}])

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("predict", "segment images with the best round's model"),
     "evaluate": ("evaluate", "compare predictions with reference labels"),
     "export": ("export", "write a model folder that stock nnU-Net predicts with"),
+    "weights": ("weights", "SAM 2 checkpoints by name: list, show, fetch, add, verify"),
     "env": ("env", "print the export lines with which stock nnU-Net finds the trainer"),
     "hook": ("hook", "install or remove the start-up hook with which stock nnU-Net finds the trainer"),
 }

@@ -18,6 +18,7 @@ from nnunet_sam2.rounds import nnunet
 from nnunet_sam2.rounds.ledger import Ledger
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import RUNS_FOLDER
+from nnunet_sam2.sam2.weights_cache import weights_identity
 from nnunet_sam2.storage import file_hash, read_json
 from nnunet_sam2.trainers.settings import RoundSettings
 
@@ -63,9 +64,8 @@ class RunContext:
 
     @cached_property
     def sam2_identity(self) -> str:
-        """Return what identifies the checkpoint: its file's hash, or its name."""
-        path = Path(self.options.sam2)
-        return file_hash(path) if path.is_file() else self.options.sam2
+        """Return what identifies the weights: the hash of their file, or of the tensors of a fetched name."""
+        return weights_identity(self.options.sam2)
 
     @cached_property
     def human_label_hashes(self) -> dict[str, str]:

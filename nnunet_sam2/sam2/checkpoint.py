@@ -59,9 +59,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def read_tensors(path: Path) -> StoredTensors:
     """Read a checkpoint as `read_checkpoint` does, with its tensors as they are stored, sorted by name."""
-    check_file_kind(path)
-    kind = _kind(_head(path))
-    state, metadata = _read_safetensors(path) if kind == "safetensors" else (_read_torch(path), {})
+    is_safetensors = check_file_kind(path) == "safetensors"
+    state, metadata = _read_safetensors(path) if is_safetensors else (_read_torch(path), {})
     if _STEM not in state:
         raise InputError(f"{path} holds no SAM 2 image encoder ({len(state)} tensors, none named {_STEM}); {_WAY_OUT}")
     state = dict(sorted(state.items()))
@@ -73,8 +72,11 @@ def read_tensors(path: Path) -> StoredTensors:
     return StoredTensors(state=state, metadata=metadata)
 
 
-def check_file_kind(path: Path) -> None:
-    """Raise `InputError` where a file is no checkpoint or is cut off, by its first and last bytes alone."""
+def check_file_kind(path: Path) -> str:
+    """Return archive, pickle or safetensors; raise `InputError` for a file that is none of them or is cut off.
+
+    Nothing in the file is decoded for this beyond an archive's list of contents and a safetensors header.
+    """
     if not path.is_file():
         raise InputError(f"no SAM 2 checkpoint at {path}; {_WAY_OUT}")
     head = _head(path)
@@ -83,8 +85,15 @@ def check_file_kind(path: Path) -> None:
         _check_archive(path)
     elif kind == "safetensors":
         _check_length(path)
-    elif kind is None:
+    if kind is None:
         raise InputError(f"{path} is not a checkpoint but {_what(head)}; {_WAY_OUT}")
+    return kind
+
+
+def foreign_kind(path: Path) -> str | None:
+    """Say what a file is that does not begin as a checkpoint does; None for one that does."""
+    head = _head(path)
+    return None if _kind(head) is not None else _what(head)
 
 
 def digest(state: Mapping[str, torch.Tensor]) -> str:
@@ -103,11 +112,9 @@ def write_safetensors(path: Path, state: Mapping[str, torch.Tensor], metadata: M
     """
     from safetensors.torch import save_file
 
-    # Views into one storage, which a .pt may hold, have to be taken apart.
-    apart = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
     with atomic_path(path) as temporary:
         # One entry holds everything, because safetensors does not keep several in a fixed order.
-        save_file(apart, temporary, metadata={_METADATA: json.dumps(dict(metadata), sort_keys=True)})
+        save_file(_apart(state), temporary, metadata={_METADATA: json.dumps(dict(metadata), sort_keys=True)})
         written, _ = _read_safetensors(temporary)
         if digest(written) != digest(state):
             raise StageError(f"{path}: what was written reads back differently; check the disk")
@@ -116,28 +123,52 @@ def write_safetensors(path: Path, state: Mapping[str, torch.Tensor], metadata: M
 def recognise(checkpoint: Checkpoint) -> ModelConfig:
     """Find the architecture that a checkpoint belongs to, by its header or by its shapes.
 
-    An image-only checkpoint does not tell 2.0 from 2.1; the two agree in every image part.
+    An image-only checkpoint does not tell 2.0 from 2.1; the two agree in every image part. Raises `InputError` for an
+    unknown size, and where the header names an architecture that the shapes contradict.
     """
+    embed_dim = int(checkpoint.state[_STEM].shape[0])
+    blocks = len({int(found[1]) for key in checkpoint.state if (found := _BLOCK.match(key))})
+    is_2_1 = _VERSION_2_1 in checkpoint.state
+    fitting = [
+        config
+        for config in map(load_config, config_names())
+        if config.trunk.embed_dim == embed_dim and sum(config.trunk.stages) == blocks
+    ]
+    shown = f"embedding {embed_dim}, {blocks} blocks"
     named = checkpoint.metadata.get("config")
     if named in config_names():
-        return load_config(str(named))
-    embed_dim = int(checkpoint.state[_STEM].shape[0])
-    blocks = {int(found[1]) for key in checkpoint.state if (found := _BLOCK.match(key))}
-    is_2_1 = _VERSION_2_1 in checkpoint.state
-    for name in config_names():
-        config = load_config(name)
-        same_trunk = config.trunk.embed_dim == embed_dim and sum(config.trunk.stages) == len(blocks)
-        if same_trunk and (config.version == "2.1") is (is_2_1 or config.seed is not None):
+        if load_config(str(named)) in fitting:
+            return load_config(str(named))
+        other = " or ".join(config.name for config in fitting) or "no known size"
+        raise InputError(
+            f"{checkpoint.path} says in its header that it is {named}, but its weights are those of {other} ({shown}); "
+            f"it was written with a wrong config"
+        )
+    for config in fitting:
+        if (config.version == "2.1") is (is_2_1 or config.seed is not None):
             return config
-    raise InputError(
-        f"{checkpoint.path} is a SAM 2 of no known size (embedding {embed_dim}, {len(blocks)} blocks); "
-        f"known are {', '.join(config_names())}"
-    )
+    raise InputError(f"{checkpoint.path} is a SAM 2 of no known size ({shown}); known are {', '.join(config_names())}")
+
+
+def _apart(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy the tensors that are views or share their memory, as those of a .pt may; safetensors takes whole ones."""
+    seen: set[int] = set()
+    apart = {}
+    for key, tensor in state.items():
+        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        if not whole or tensor.data_ptr() in seen:
+            tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
+        seen.add(tensor.data_ptr())
+        apart[key] = tensor
+    return apart
 
 
 def _head(path: Path) -> bytes:
-    with path.open("rb") as handle:
-        return handle.read(512)
+    try:
+        with path.open("rb") as handle:
+            return handle.read(512)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _kind(head: bytes) -> str | None:
