@@ -15,28 +15,48 @@ SINGLE_COMPONENT_SHARE = 0.95
 _CONNECTIVITY = 26
 
 
-def keep_component(mask_zyx: np.ndarray, prob_zyx: np.ndarray | None = None, *, keep: Keep = "largest") -> np.ndarray:
-    """Reduce a boolean mask to one 26-connected component.
+LEAST_SHARE = 0.1
+"""Part of the largest component's voxels that a confident component must have; single voxels are easily sure."""
 
-    ``largest`` keeps the one with most voxels (SSL-MedSAM2, arXiv 2512.11548), ``confident`` the one with the highest
-    mean of ``prob_zyx`` among those with at least a tenth of the largest one's voxels (after Keuth et al., ADSMI 2024,
-    whose rule has no lower bound and falls for single voxels). Ties go to the component met first in array order.
+
+def measured_components(mask_zyx: np.ndarray, prob_zyx: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the 26-connected components of a mask, numbered from 1, their voxel counts and mean probabilities.
+
+    Without ``prob_zyx`` the means are not computed and zero. Numbers follow array order.
     """
     import cc3d
 
     components_zyx, count = cc3d.connected_components(
         np.ascontiguousarray(mask_zyx, dtype=np.uint8), connectivity=_CONNECTIVITY, return_N=True
     )
-    if count <= 1:
+    flat = components_zyx.ravel()
+    voxels = np.bincount(flat, minlength=count + 1)[1:]
+    if prob_zyx is None:
+        return components_zyx, voxels, np.zeros(count)
+    return components_zyx, voxels, np.bincount(flat, weights=prob_zyx.ravel(), minlength=count + 1)[1:] / voxels
+
+
+def most_confident(voxels: np.ndarray, means: np.ndarray, least_share: float = LEAST_SHARE) -> int:
+    """Return which component has the highest mean probability of those with ``least_share`` of the largest's voxels.
+
+    The rule is that of Keuth et al. (ADSMI 2024), which has no lower bound and falls for single voxels. The first wins
+    a tie.
+    """
+    return int(np.argmax(np.where(voxels >= least_share * voxels.max(), means, -1.0)))
+
+
+def keep_component(mask_zyx: np.ndarray, prob_zyx: np.ndarray | None = None, *, keep: Keep = "largest") -> np.ndarray:
+    """Reduce a boolean mask to one 26-connected component.
+
+    ``largest`` keeps the one with most voxels (SSL-MedSAM2, arXiv 2512.11548), ``confident`` what `most_confident`
+    chooses by ``prob_zyx``. Ties go to the component met first in array order.
+    """
+    if keep != "largest" and prob_zyx is None:
+        raise ValueError("keep='confident' needs prob_zyx")
+    components_zyx, voxels, means = measured_components(mask_zyx, None if keep == "largest" else prob_zyx)
+    if len(voxels) <= 1:
         return mask_zyx.astype(bool)
-    voxels = np.bincount(components_zyx.ravel(), minlength=count + 1)[1:]
-    if keep == "largest":
-        chosen = int(np.argmax(voxels))
-    else:
-        if prob_zyx is None:
-            raise ValueError("keep='confident' needs prob_zyx")
-        sums = np.bincount(components_zyx.ravel(), weights=prob_zyx.ravel(), minlength=count + 1)[1:]
-        chosen = int(np.argmax(np.where(voxels >= 0.1 * voxels.max(), sums / voxels, -1.0)))
+    chosen = int(np.argmax(voxels)) if keep == "largest" else most_confident(voxels, means)
     return np.asarray(components_zyx == chosen + 1)
 
 

@@ -264,6 +264,8 @@ def _check(
         if cohort.case(case_id).role is not Role.LABELLED:
             raise InputError(f"support {case_id} of {cohort.name} has no human label to learn from")
     uses_student = getattr(strategy, "uses_student", False)
+    if getattr(strategy, "student_optional", False) and student_probabilities is None:
+        uses_student = False
     for case_id in case_ids:
         cohort.case(case_id)
         if not uses_student and not [s for s in support_ids if s != case_id]:

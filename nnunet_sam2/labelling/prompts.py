@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-Morphology = Literal["none", "dilate", "erode", "open", "close"]
-Element = Literal["square", "disk"]
-MORPHOLOGIES: tuple[str, ...] = ("none", "dilate", "erode", "open", "close")
-ELEMENTS: tuple[str, ...] = ("square", "disk")
+MORPHOLOGIES = ("none", "dilate", "erode", "open", "close")
+ELEMENTS = ("square", "disk")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,11 +82,13 @@ def seed_prompts(
     return prompts
 
 
-def morph(mask_hw: np.ndarray, operation: Morphology, element: Element, radius: float) -> np.ndarray:
+def morph(mask_hw: np.ndarray, operation: str, element: str, radius: float) -> np.ndarray:
     """Dilate, erode, open or close a mask by a square or disk of ``radius`` pixels; the frame's border erodes nothing.
 
     Returns the mask itself where nothing would be left of it.
     """
+    if operation not in MORPHOLOGIES or element not in ELEMENTS:
+        raise ValueError(f"no morphology {operation} with a {element}")
     if operation == "none" or radius <= 0:
         return mask_hw
     if operation == "dilate":
@@ -103,7 +102,7 @@ def morph(mask_hw: np.ndarray, operation: Morphology, element: Element, radius: 
     return result_hw if result_hw.any() else mask_hw
 
 
-def _dilated(mask_hw: np.ndarray, element: Element, radius: float) -> np.ndarray:
+def _dilated(mask_hw: np.ndarray, element: str, radius: float) -> np.ndarray:
     from scipy.ndimage import distance_transform_edt, maximum_filter
 
     if not mask_hw.any():

@@ -18,6 +18,7 @@ STRATEGIES: dict[str, tuple[str, str, str]] = {
     "insert": ("nnunet_sam2.labelling.insert", "Insert", "InsertOptions"),
     "match": ("nnunet_sam2.labelling.match", "Match", "MatchOptions"),
     "transfer": ("nnunet_sam2.labelling.transfer", "Transfer", "TransferOptions"),
+    "refine": ("nnunet_sam2.labelling.refine", "Refine", "RefineOptions"),
     "prompted": ("nnunet_sam2.labelling.prompted", "Prompted", "PromptedOptions"),
 }
 
@@ -25,6 +26,7 @@ STRATEGIES: dict[str, tuple[str, str, str]] = {
 def make_strategy(name: str, settings: Mapping[str, Any] | None = None) -> Strategy:
     """Build a strategy by name with option values given as JSON values or as text.
 
+    ``preset`` among the settings stands for a named set of values, such as a paper's; other settings change those.
     Raises `InputError` naming the known strategies, the known options or the expected kind of value.
     """
     if name not in STRATEGIES:
@@ -58,6 +60,13 @@ def parse_settings(items: Sequence[str]) -> dict[str, str]:
 def _make_options(strategy: str, options_type: type, settings: dict[str, Any]) -> Any:
     kinds = typing.get_type_hints(options_type)
     known = [field.name for field in dataclasses.fields(options_type)]
+    presets: Mapping[str, Mapping[str, Any]] = getattr(options_type, "PRESETS", {})
+    if presets and "preset" in settings:
+        preset = settings.pop("preset")
+        if preset not in presets:
+            raise InputError(f"strategy {strategy} has no preset {preset!r}; it has: {', '.join(sorted(presets))}")
+        settings = {**presets[preset], **settings}
+    known += ["preset"] * bool(presets)
     values = {}
     for key, value in settings.items():
         if key not in known:
