@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_sam2.progress import say
-from nnunet_sam2.sam2.weights_bundled import verify_bundled
+from nnunet_sam2.sam2.weights_bundled import header_text, verify_bundled
 from nnunet_sam2.sam2.weights_cache import (
     CHANGED,
     WeightsRecord,
@@ -149,6 +149,7 @@ def _facts(entry: WeightsEntry) -> dict[str, Any]:
         "needs": "nothing more: it is there" if record is not None and there else entry.needs,
         "kept_file": str(path) if there else None,
         "kept_bytes": path.stat().st_size if path is not None and there else None,
+        "header": header_text(path) if entry.bundled and path is not None and there else None,
         "record_file": str(record_path(entry.name)) if record is not None else None,
         "record": asdict(record) if record is not None else None,
     }

@@ -174,8 +174,8 @@ def _check_architecture(file: Path, stored: reading.StoredTensors, entry: Weight
     config = reading.recognise(reading.Checkpoint(path=file, sha256="", state=stored.state, metadata=stored.metadata))
     if entry is not None and config.name != entry.config:
         raise InputError(
-            f"{file} holds a {config.title}, and {entry.name} is a {load_config(entry.config).title}; give the file "
-            f"{entry.file} of {entry.page}"
+            f"{file} holds weights of {config.title}, but {entry.name} is {load_config(entry.config).title}; give the "
+            f"file {entry.file} of {entry.page}"
         )
     has_memory = load_weights(build_model(config, _CHECK_SIZE), stored.state, where=str(file))
     if entry is not None and not has_memory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from importlib import metadata
 from pathlib import Path
 
@@ -28,6 +29,18 @@ def verify_bundled(entry: WeightsEntry) -> str:
         return _readable(path)
     digest = base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).rstrip(b"=").decode()
     return "OK: as installed" if digest == expected else f"{CHANGED}: not as installed; install nnunet_sam2 anew"
+
+
+def header_text(path: Path) -> dict[str, str]:
+    """Return the text pairs in the header of a safetensors file, without reading its tensors."""
+    with path.open("rb") as handle:
+        header = handle.read(int.from_bytes(handle.read(8), "little"))
+    try:
+        return {str(key): str(value) for key, value in json.loads(header).get("__metadata__", {}).items()}
+    except (ValueError, AttributeError):
+        raise InputError(
+            f"{path} is a damaged safetensors file (unreadable header); install nnunet_sam2 anew"
+        ) from None
 
 
 def installed_sha256(path: Path) -> str | None:

@@ -30,10 +30,11 @@ from nnunet_sam2.storage import file_hash
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TRUE = {"1", "ON", "YES", "TRUE"}
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-_TRIES = 3
+_TRIES = 2
 """How often a download is begun again without one more byte having come."""
 _WAIT_SECONDS = 1.0
 _RANGE_REFUSED = 416
+_NO_ACCESS = (401, 403)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,17 +272,20 @@ def _told(entry: WeightsEntry, endpoint: str, *, part: Path | None = None, size:
         status = getattr(getattr(error, "response", None), "status_code", "an error")
         if status == _RANGE_REFUSED and part is not None:
             part.unlink(missing_ok=True)
-        raise StageError(
-            f"{endpoint} answered {status} for {entry.repo}; fetch again later{_kept(part, size)}"
-        ) from None
+        if status in _NO_ACCESS:
+            advice = f"no access with this account or token: 'hf auth login', or set HF_TOKEN; {_other_ways(entry)}"
+        else:
+            advice = f"fetch again later{_kept(part, size)}"
+        raise StageError(f"{endpoint} answered {status} for {entry.repo}; {advice}") from None
     except Exception as error:  # the HTTP library's own types differ between versions of the hub's
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk, not the network
         if part is not None and part.is_file():
             _throw_away_garbage(entry, endpoint, part, size)
-        raise StageError(
-            f"{endpoint} could not be read ({_shown(error)}){_kept(part, size)}; {_other_ways(entry)}"
-        ) from None
+        what = f"{endpoint} could not be read ({_shown(error)})"
+        if isinstance(error, OSError) and part is not None and part.is_file():  # the library's own check of the length
+            what = f"{endpoint} sent {part.stat().st_size} bytes of {entry.file}, announced were {size}"
+        raise StageError(f"{what}{_kept(part, size)}; {_other_ways(entry)}") from None
 
 
 def _throw_away_garbage(entry: WeightsEntry, endpoint: str, part: Path, size: int | None) -> None:
