@@ -16,7 +16,7 @@ from nnunet_sam2.labelling.fusion import fuse
 from nnunet_sam2.labelling.leave_one_out import dice_by_class
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.memory import SupportMemory, slice_descriptors
-from nnunet_sam2.labelling.recipe import Recipe, candidate_recipes, choose_recipe
+from nnunet_sam2.labelling.recipe import Recipe, averaged, candidate_recipes, choose_recipes
 from nnunet_sam2.labelling.transfer import Transfer, TransferOptions
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.sam2.protocol import Decoded
@@ -136,16 +136,21 @@ def test_memory_is_bounded_and_holds_the_most_similar_slices(supports: list[Supp
     assert len(memory.choose(descriptor_f, depth, 1)) == 1
 
 
-def test_the_recipe_is_chosen_on_other_cases_and_must_clearly_win() -> None:
+def test_recipes_are_chosen_on_other_cases_and_those_that_cannot_be_told_apart_are_averaged() -> None:
     default = Recipe()
-    better = dataclasses.replace(default, edge_radius=0.0)
+    better, alike = dataclasses.replace(default, edge_radius=0.0), dataclasses.replace(default, sharpness=0.3)
     rows = {
-        "a": {default.name: {1: 0.5}, better.name: {1: 0.9}},
-        "b": {default.name: {1: 0.8}, better.name: {1: 0.8}},
+        "a": {default.name: {1: 0.5}, better.name: {1: 0.9}, alike.name: {1: 0.899}},
+        "b": {default.name: {1: 0.8}, better.name: {1: 0.8}, alike.name: {1: 0.7}},
     }
-    assert choose_recipe(rows, [better], default, (1,)) == better
-    assert choose_recipe(rows, [better], default, (1,), without="a") == default
-    assert choose_recipe(rows, [better], default, (1,), without="b") == better
+    assert choose_recipes(rows, [better, alike], default, (1,)) == [better]
+    assert choose_recipes(rows, [better, alike], default, (1,), without="a") == [default, better]
+    assert choose_recipes(rows, [better, alike], default, (1,), without="b") == [better, alike]
+
+
+def test_an_average_of_maps_still_sums_to_one() -> None:
+    maps = {Recipe(sharpness=s): torch.softmax(torch.randn(3, 4, 4), dim=0) for s in (0.1, 0.2, 0.3)}
+    torch.testing.assert_close(averaged(maps).sum(dim=0), torch.ones(4, 4))
 
 
 def test_numbers_that_the_user_set_are_not_searched() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
+from nnunet_sam2.labelling.half_cells import HalfCells, half_cell_features, into_quarters
 from nnunet_sam2.sam2.protocol import Embeddings
 from nnunet_sam2.support.cases import Support
 
@@ -21,6 +22,7 @@ LEAST_JUDGED = 0.5
 
 _POOLED = 4
 _KEPT_LOCATIONS = 2**19
+_KEPT_QUARTER_BYTES = 2**29
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,9 @@ class SupportMemory:
         self._locations = int(self._supports[0].embeddings.top(0).shape[1:].numel())
         self._cells: dict[int, np.ndarray] = {}
         self._slices: OrderedDict[int, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self._quarters: OrderedDict[int, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self._half_labels: dict[int, np.ndarray] = {}
+        self._spread_ratio: float | None = None
 
     def choose(
         self, descriptor_f: torch.Tensor, depth: float, entries: int, *, without: int | None = None
@@ -91,12 +96,64 @@ class SupportMemory:
         parts = [self._slice(number) for number in slices]
         return torch.cat([features for features, _ in parts]), torch.cat([labels for _, labels in parts])
 
+    def half_cells(self, query: Embeddings, index: int, slices: Sequence[int]) -> HalfCells:
+        """Return what the finer search for one query slice needs; entry numbers count the rows of `rows`."""
+
+        def entries(numbers_u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            features, labels, start = [], [], 0
+            for number in slices:
+                features_p4f, labels_p4c = self._slice_quarters(number)
+                stop = start + len(features_p4f)
+                mine = numbers_u[(numbers_u >= start) & (numbers_u < stop)] - start
+                features.append(features_p4f[mine])
+                labels.append(labels_p4c[mine])
+                start = stop
+            return torch.cat(features), torch.cat(labels)
+
+        return HalfCells(
+            query_p4f=half_cell_features(query, index), entries=entries, spread_ratio=self._ratio_of_spreads()
+        )
+
+    def _ratio_of_spreads(self) -> float:
+        if self._spread_ratio is None:
+            embeddings = self._supports[0].embeddings
+            chosen = np.linspace(0, len(embeddings) - 1, min(8, len(embeddings))).round().astype(int).tolist()
+            unit = torch.cat([normalize(embeddings.top(n).cpu().float(), dim=0).flatten(1) for n in chosen], dim=1)
+            fine = torch.cat([embeddings.high(n)[1].cpu().float().flatten(1) for n in chosen], dim=1)
+            # Features that do not vary, as on a blank volume, have nothing to say whatever their weight.
+            self._spread_ratio = float(unit.var(dim=1).sum() / fine.var(dim=1).sum().clamp_min(1e-12))
+        return self._spread_ratio
+
+    def _slice_quarters(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self._quarters.get(number)
+        if found is None:
+            s, n = self._origin[number]
+            _, parent_pc = self._slice(number)
+            kept = self._judged(number).sum(dim=1) >= LEAST_JUDGED
+            labels_p4c = into_quarters(torch.from_numpy(self._soft_half_labels(s)[n]))[kept]
+            judged_p41 = labels_p4c.sum(dim=2, keepdim=True)
+            # A quarter that nobody has judged takes what was judged in its cell.
+            labels_p4c = torch.where(
+                judged_p41 >= LEAST_JUDGED, labels_p4c / judged_p41.clamp_min(LEAST_JUDGED), parent_pc[:, None]
+            )
+            found = half_cell_features(self._supports[s].embeddings, n)[kept].half(), labels_p4c
+            self._quarters[number] = found
+            size = 2 * found[0].numel() + 4 * found[1].numel()
+            if len(self._quarters) > 1 and len(self._quarters) * size > _KEPT_QUARTER_BYTES:
+                self._quarters.popitem(last=False)
+        self._quarters.move_to_end(number)
+        return found
+
+    def _judged(self, number: int) -> torch.Tensor:
+        s, n = self._origin[number]
+        return torch.from_numpy(self._soft_labels(s)[n].reshape(len(self._class_values) + 1, -1).T.copy())
+
     def _slice(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         found = self._slices.get(number)
         if found is None:
             s, n = self._origin[number]
             features_pf = slice_features(self._supports[s].embeddings, n)
-            labels_pc = torch.from_numpy(self._soft_labels(s)[n].reshape(len(self._class_values) + 1, -1).T.copy())
+            labels_pc = self._judged(number)
             judged_p = labels_pc.sum(dim=1)
             kept = judged_p >= LEAST_JUDGED
             found = features_pf[kept], labels_pc[kept] / judged_p[kept, None]
@@ -112,3 +169,10 @@ class SupportMemory:
             cell = support.frames.size // int(support.embeddings.top(0).shape[-1])
             self._cells[s] = support.frames.soft_cells(support.label_zyx, (0, *self._class_values), cell)
         return self._cells[s]
+
+    def _soft_half_labels(self, s: int) -> np.ndarray:
+        if s not in self._half_labels:
+            support = self._supports[s]
+            cell = support.frames.size // (2 * int(support.embeddings.top(0).shape[-1]))
+            self._half_labels[s] = support.frames.soft_cells(support.label_zyx, (0, *self._class_values), cell)
+        return self._half_labels[s]

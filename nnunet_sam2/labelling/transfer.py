@@ -17,7 +17,14 @@ from nnunet_sam2.labelling.decoding import PromptKinds, decode_map, put_in
 from nnunet_sam2.labelling.leave_one_out import DiceTable, best_choices
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.memory import SupportMemory, slice_descriptors, slice_features
-from nnunet_sam2.labelling.recipe import NEIGHBOURS, Recipe, candidate_recipes, choose_recipe, soft_maps
+from nnunet_sam2.labelling.recipe import (
+    NEIGHBOURS,
+    Recipe,
+    averaged,
+    candidate_recipes,
+    choose_recipes,
+    soft_maps,
+)
 from nnunet_sam2.labelling.slice_check import SliceDice, check_slices
 from nnunet_sam2.progress import track
 from nnunet_sam2.sam2.protocol import Sam2Backend
@@ -51,6 +58,10 @@ class TransferOptions:
     """How fast votes fall with distance: smaller is faster; see `vote`."""
     edge_radius: float | None = None
     """Reach of the edge filter in embedding cells; 0 leaves it out."""
+    fine_weight: float | None = None
+    """Factor on the image encoder's finer skip features, where half cells look for their neighbours."""
+    half_cells: bool = True
+    """Search among the neighbours once more at twice the embedding's resolution; see `half_cells`."""
     decoder: str = "checked"
     """``checked``: SAM 2's decoder redraws the classes for which that helped on labelled cases; ``off``: never."""
     check_slices: int = 24
@@ -60,7 +71,7 @@ class TransferOptions:
         for name, least in (("neighbours", 1), ("memory_entries", 1), ("check_slices", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        for name in ("position_weight", "slice_weight", "edge_radius"):
+        for name in ("position_weight", "slice_weight", "edge_radius", "fine_weight"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name}={value} must not be negative")
@@ -77,6 +88,7 @@ class TransferOptions:
             "slice_weight": self.slice_weight,
             "sharpness": self.sharpness,
             "edge_radius": self.edge_radius,
+            "fine_weight": self.fine_weight,
         }
 
 
@@ -84,7 +96,8 @@ class Transfer:
     """Label a query by its nearest support locations in SAM 2's embedding space; one member, all classes at once.
 
     Every location of a slice, described by its normalised embedding, its in-plane position and the slice's relative
-    position, takes the mean soft label of its nearest locations in the support slices. The map is then fitted to the
+    position, finds its nearest locations in the support slices; each quarter of it finds its own nearest among their
+    quarters and takes the mean of their soft labels. The map is then fitted to the
     edges of the image (`snap_to_edges`). For the classes that gain by it on labelled cases, SAM 2's decoder redraws the
     map from a box and mask prompt. Needs no video memory.
     """
@@ -122,10 +135,10 @@ class Transfer:
                         s, support, memory, class_values, recipes, len(checked)
                     )
             if self._options.decoder == "checked":
-                recipe = self._recipe(supports[0], class_values)
+                chosen_recipes = self._recipes(supports[0], class_values)
                 for s, support in track(checked, what="checking the decoder", total=len(checked)):
                     self._decoder_rows[support.case_id] = self._check_decoder(
-                        s, support, memory, class_values, recipe, len(checked), backend
+                        s, support, memory, class_values, chosen_recipes, len(checked), backend
                     )
         return {"recipe_check": _text_keys(self._recipe_rows), "decoder_check": _text_keys(self._decoder_rows)}
 
@@ -141,14 +154,14 @@ class Transfer:
         if not supports:
             raise InputError(f"case {query.case_id} has no support to take labels from")
         memory = self._memory_of(supports, class_values)
-        recipe = self._recipe(supports[0], class_values, without=query.case_id)
+        recipes = self._recipes(supports[0], class_values, without=query.case_id)
         choices = best_choices(self._decoder_rows, class_values, default="map", without=query.case_id)
         shares = {k: _SHARES[choices[value]] for k, value in enumerate(class_values)}
         descriptors_nf = slice_descriptors(query.embeddings)
 
         def maps() -> Iterator[torch.Tensor]:
             for n in range(len(query.frames)):
-                prob_chw = self._maps(query, n, descriptors_nf[n], memory, [recipe])[recipe]
+                prob_chw = averaged(self._maps(query, n, descriptors_nf[n], memory, recipes))
                 if any(shares.values()):
                     decoded = decode_map(backend, query.embeddings, n, prob_chw, _KINDS)
                     prob_chw = put_in(prob_chw, decoded, shares)
@@ -161,7 +174,7 @@ class Transfer:
             background_zyx=prob_czyx[0],
             record={
                 "supports": [support.case_id for support in supports],
-                "recipe": asdict(recipe),
+                "recipes": [asdict(recipe) for recipe in recipes],
                 "decoder_share": {str(value): shares[k] for k, value in enumerate(class_values)},
                 "prompts": asdict(_KINDS) if any(shares.values()) else None,
             },
@@ -185,7 +198,15 @@ class Transfer:
             raise InputError(f"the supports have no judged voxel to label case {query.case_id} from")
         query_pf = slice_features(query.embeddings, n)
         image_3ss = query.frames.image(n)
-        return soft_maps(query_pf, memory_mf, labels_mc, image_3ss, recipes, neighbours=self._options.neighbours)
+        return soft_maps(
+            query_pf,
+            memory_mf,
+            labels_mc,
+            image_3ss,
+            recipes,
+            neighbours=self._options.neighbours,
+            half_cells=memory.half_cells(query.embeddings, n, chosen) if self._options.half_cells else None,
+        )
 
     def _check_recipes(
         self,
@@ -209,14 +230,14 @@ class Transfer:
         support: Support,
         memory: SupportMemory,
         class_values: tuple[int, ...],
-        recipe: Recipe,
+        recipes: Sequence[Recipe],
         cases: int,
         backend: Sam2Backend,
     ) -> dict[str, DiceTable]:
         query, scores = support.as_query(), {name: SliceDice(class_values) for name in _SHARES}
         descriptors_nf = slice_descriptors(query.embeddings)
         for n in self._slices(support, class_values, cases):
-            prob_chw = self._maps(query, n, descriptors_nf[n], memory, [recipe], without=s)[recipe]
+            prob_chw = averaged(self._maps(query, n, descriptors_nf[n], memory, recipes, without=s))
             decoded = decode_map(backend, query.embeddings, n, prob_chw, _KINDS)
             for name, share in _SHARES.items():
                 redrawn = put_in(prob_chw, decoded, dict.fromkeys(range(len(class_values)), share))
@@ -230,11 +251,11 @@ class Transfer:
     def _candidates(self) -> list[Recipe]:
         return candidate_recipes(self._options.fixed)
 
-    def _recipe(self, support: Support, class_values: tuple[int, ...], *, without: str | None = None) -> Recipe:
+    def _recipes(self, support: Support, class_values: tuple[int, ...], *, without: str | None = None) -> list[Recipe]:
         default = self._default(support)
         if not set(self._recipe_rows) - {without}:
-            return default
-        return choose_recipe(self._recipe_rows, self._candidates, default, class_values, without=without)
+            return [default]
+        return choose_recipes(self._recipe_rows, self._candidates, default, class_values, without=without)
 
     def _default(self, support: Support) -> Recipe:
         """Return what is taken where nothing can be checked; any labelled case tells how large a cell is in voxels."""

@@ -26,10 +26,10 @@ class FeatureSettings:
     """Say how the features are distilled."""
 
     seed: int = 0
-    shards: int = 24
-    steps: int = 2000
+    shards: int = 60
+    steps: int = 1600
     batch: int = 16
-    peak_rate: float = 5e-4
+    peak_rate: float = 2e-4
     weight_decay: float = 0.01
     start: str = "copy"
     """``copy``: the teacher's blocks and a fitted neck; ``random``: sam2's own initial values."""

@@ -25,15 +25,15 @@ class MemorySettings:
     """Say how memory and decoder are trained."""
 
     seed: int = 0
-    families: int = 96
+    families: int = 200
     """Anatomies in the pool, three subjects of eight slices each."""
     steps: int = 4000
-    batch_frames: int = 24
+    batch_frames: int = 36
     peak_rate: float = 1e-3
     weight_decay: float = 0.01
     lookup: bool = True
     """Start memory attention as a lookup by likeness; False keeps sam2's own initial values."""
-    prompt_part: float = 0.3
+    prompt_part: float = 0.35
     """Part of the steps that prompt single frames with points, boxes and masks."""
     save_every_s: float = 60.0
     log_every: int = 20
