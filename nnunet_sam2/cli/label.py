@@ -6,13 +6,17 @@ import argparse
 from pathlib import Path
 
 from nnunet_sam2.labelling.registry import STRATEGIES, make_strategy, parse_settings
+from nnunet_sam2.sam2.weights_registry import EMBEDDED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; nnU-Net's letters where nnU-Net has one."""
     parser.add_argument("-d", dest="dataset", required=True, help="dataset id or DatasetXXX_Name")
     parser.add_argument(
-        "--sam2", required=True, metavar="NAME_OR_FILE", help="SAM 2: checkpoint file (.safetensors, .pt) or name"
+        "--sam2",
+        default=EMBEDDED,
+        metavar="NAME_OR_FILE",
+        help="SAM 2: a name (nnunet_sam2 weights list) or a checkpoint file; default: the %(default)s one",
     )
     parser.add_argument("--strategy", default="transfer", choices=sorted(STRATEGIES), help="default: %(default)s")
     parser.add_argument(

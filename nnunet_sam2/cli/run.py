@@ -6,6 +6,7 @@ import argparse
 
 from nnunet_sam2.labelling.registry import parse_settings
 from nnunet_sam2.rounds.options import PROFILES, RunOptions
+from nnunet_sam2.sam2.weights_registry import EMBEDDED
 
 _DEFAULTS = RunOptions()
 
@@ -15,7 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", dest="dataset", required=True, help="dataset id or DatasetXXX_Name")
     parser.add_argument("-c", dest="configuration", default=_DEFAULTS.configuration, help="nnU-Net configuration")
     parser.add_argument("-f", dest="fold", default=_DEFAULTS.fold, help="fold of the labelled cases, or 'all'")
-    parser.add_argument("--sam2", required=True, help="SAM 2: checkpoint file (.safetensors, .pt) or name")
+    parser.add_argument(
+        "--sam2",
+        default=EMBEDDED,
+        metavar="NAME_OR_FILE",
+        help="SAM 2: a name (nnunet_sam2 weights list) or a checkpoint file; default: the %(default)s one",
+    )
     parser.add_argument("--strategy", default=_DEFAULTS.strategy, help="labelling strategy (default: %(default)s)")
     parser.add_argument(
         "--set",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.sam2.weights_registry import EMBEDDED
 from nnunet_sam2.trainers.settings import RoundSettings
 
 PROFILES = ("gpu", "cpu")
@@ -24,7 +25,7 @@ class RunOptions:
     fold: str = "0"
     """A fold of the labelled cases, or ``all`` for a training without validation."""
     branch: str | None = None
-    sam2: str = "untrained"
+    sam2: str = EMBEDDED
     strategy: str = "transfer"
     strategy_options: dict[str, str] = field(default_factory=dict)
     image_size: int | None = None
