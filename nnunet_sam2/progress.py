@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
@@ -22,14 +22,16 @@ def track(items: Iterable[Item], *, what: str, total: int | None = None) -> Iter
     """
     from tqdm import tqdm
 
+    return tqdm(items, desc=what, total=total, **bar_options())
+
+
+def bar_options() -> dict[str, Any]:
+    """Return how tqdm's bars look here: redrawn on a terminal, a line every 30 seconds elsewhere."""
     interactive = sys.stderr.isatty()
-    return tqdm(
-        items,
-        desc=what,
-        total=total,
-        leave=interactive,
-        mininterval=0.2 if interactive else 30.0,
-        ascii=not interactive,
-        delay=2.0,
-        dynamic_ncols=interactive,
-    )
+    return {
+        "leave": interactive,
+        "mininterval": 0.2 if interactive else 30.0,
+        "ascii": not interactive,
+        "delay": 2.0,
+        "dynamic_ncols": interactive,
+    }

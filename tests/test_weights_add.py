@@ -65,6 +65,8 @@ def test_a_users_file_becomes_a_name_and_is_left_alone(own, state):
     assert "my best.pt" in loaded.spec.origin
     assert all(torch.equal(tensor, state[key]) for key, tensor in loaded._model.state_dict().items())
     assert file_hash(own) == before
+    # Others may read it where the user's umask lets them, as in a shared folder.
+    assert kept_path(record).stat().st_mode == (cache_folder() / "own.json").stat().st_mode
 
 
 def test_a_name_keeps_its_weights_whatever_file_they_come_in(own, state, tmp_path):

@@ -94,6 +94,9 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _fetch(args: argparse.Namespace) -> int:
+    entry = known_entry(args.name)
+    if entry.repo is not None:
+        say(f"{args.name}: {entry.file} of {entry.page}, {_megabytes(_facts(entry))}")
     from nnunet_sam2.sam2.weights_fetch import fetch_weights
 
     fetched = fetch_weights(args.name, accept_changed=args.accept_changed)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import re
+import stat
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -113,8 +114,12 @@ def write_safetensors(path: Path, state: Mapping[str, torch.Tensor], metadata: M
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         # One entry holds everything, because safetensors does not keep several in a fixed order.
         save_file(_apart(state), temporary, metadata={_METADATA: json.dumps(dict(metadata), sort_keys=True)})
+        # safetensors lets the owner alone read; a folder that is shared wants what the user's umask says.
+        temporary.chmod(stat.S_IMODE(mode))
         written, _ = _read_safetensors(temporary)
         if digest(written) != digest(state):
             raise StageError(f"{path}: what was written reads back differently; check the disk")

@@ -9,9 +9,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from nnunet_sam2.errors import InputError, NnunetSam2Error, StageError
+from nnunet_sam2.progress import bar_options
 from nnunet_sam2.sam2 import checkpoint as reading
 from nnunet_sam2.sam2.weights_adopt import Provenance, adopt, check_file_hash, weights_lock
 from nnunet_sam2.sam2.weights_cache import (
@@ -221,6 +224,7 @@ def _download(entry: WeightsEntry, announced: _Announced, part: Path) -> None:
                         headers=build_hf_headers(),
                         expected_size=announced.size,
                         displayed_filename=entry.file,
+                        tqdm_class=_bar(),
                     )
                 return
             except OSError:  # an answer that no repetition changes, or the disk
@@ -231,6 +235,14 @@ def _download(entry: WeightsEntry, announced: _Announced, part: Path) -> None:
                 if tries == 0:
                     raise
                 time.sleep(_WAIT_SECONDS)
+
+
+def _bar() -> Any:
+    """Return the progress bar of this project for the hub's library, silent where its variable says so."""
+    from huggingface_hub import constants
+    from tqdm import tqdm
+
+    return partial(tqdm, disable=bool(constants.HF_HUB_DISABLE_PROGRESS_BARS), **bar_options())
 
 
 def _check_download(announced: _Announced, part: Path) -> None:
