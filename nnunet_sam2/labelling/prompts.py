@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nnunet_sam2.frames import Frames
+
 MORPHOLOGIES = ("none", "dilate", "erode", "open", "close")
 ELEMENTS = ("square", "disk")
 
@@ -80,6 +82,13 @@ def seed_prompts(
         xy_p2 = np.stack([seed.xy, *others]).astype(np.float32) * scale_xy
         prompts.append((xy_p2, np.arange(len(xy_p2)) == 0))
     return prompts
+
+
+def voxel_places(xy: np.ndarray, frames: Frames) -> list[float]:
+    """Return places (x, y, x, y ...) in pixels at model size as voxels of a slice, to a tenth, for records."""
+    height, width = frames.slice_shape_hw
+    scale = np.tile([width / frames.size, height / frames.size], len(xy) // 2)
+    return [round(float(v), 1) for v in xy * scale]
 
 
 def morph(mask_hw: np.ndarray, operation: str, element: str, radius: float) -> np.ndarray:

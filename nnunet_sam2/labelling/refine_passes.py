@@ -14,7 +14,7 @@ import torch
 
 from nnunet_sam2.frames import MASK_THRESHOLD, Frames, resize
 from nnunet_sam2.labelling.components import measured_components, most_confident
-from nnunet_sam2.labelling.prompts import model_boxes, morph, seed_prompts, seeds
+from nnunet_sam2.labelling.prompts import model_boxes, morph, seed_prompts, seeds, voxel_places
 from nnunet_sam2.sam2.protocol import Embeddings, Sam2Backend
 
 LEAST_AREA = 1e-4
@@ -110,18 +110,16 @@ class TwoPasses:
         prob_phw = torch.sigmoid(second.low_res_logits_khw.float()).cpu()
         for k in dict.fromkeys(classes):
             answers[k] = prob_phw[[p for p, other in enumerate(classes) if other == k]].amax(dim=0)
-        height, width = self.frames.slice_shape_hw
-        scale_xy = np.array([width / size, height / size])
         self.explained.append(
             {
                 "slice": n,
                 "pieces": [
                     {
                         "class": self.class_values[k],
-                        "box": _places(boxes_k4[p] * np.tile(scale_xy, 2)),
-                        "positive": _places(points[p][0][0] * scale_xy),
+                        "box": voxel_places(boxes_k4[p], self.frames),
+                        "positive": voxel_places(points[p][0][0], self.frames),
                         "exclusive": placed[p].exclusive,
-                        "negative": [_places(xy * scale_xy) for xy in points[p][0][1:]],
+                        "negative": [voxel_places(xy, self.frames) for xy in points[p][0][1:]],
                         "iou": [round(float(first.iou_k[p]), 3), round(float(second.iou_k[p]), 3)],
                     }
                     for p, k in enumerate(classes)
@@ -147,7 +145,3 @@ class TwoPasses:
                     piece_ss = pieces_ss == number + 1
                     pieces.append(morph(piece_ss, options.morphology, options.element, options.radius))
         return classes, pieces
-
-
-def _places(values: np.ndarray) -> list[float]:
-    return [round(float(v), 1) for v in values]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 STRATEGIES: dict[str, tuple[str, str, str]] = {
     "insert": ("nnunet_sam2.labelling.insert", "Insert", "InsertOptions"),
     "match": ("nnunet_sam2.labelling.match", "Match", "MatchOptions"),
+    "guided": ("nnunet_sam2.labelling.guided", "Guided", "GuidedOptions"),
     "transfer": ("nnunet_sam2.labelling.transfer", "Transfer", "TransferOptions"),
     "refine": ("nnunet_sam2.labelling.refine", "Refine", "RefineOptions"),
     "prompted": ("nnunet_sam2.labelling.prompted", "Prompted", "PromptedOptions"),

@@ -170,7 +170,7 @@ class MetaSam2Backend:
         Masks are not gated by object score: who prompts a frame says that the object is there, and sam2's image
         predictor does not ask either.
         """
-        with self._computing():
+        with self.computing():
             return decode_frame(
                 self._model,
                 self._device,
@@ -192,7 +192,7 @@ class MetaSam2Backend:
     ) -> torch.Tensor:
         """Return a frame's features after attention to prompted frames; see `Sam2Backend.recall`."""
         walker = self._memory()
-        with self._computing(reduced=self._device.type == "cuda"):
+        with self.computing(reduced=self._device.type == "cuda"):
             return walker.recall(frame, memories, masks_mkss).float()
 
     def propagate(
@@ -216,21 +216,21 @@ class MetaSam2Backend:
         steps = self._memory().walk(video, masks_kss, reverse=reverse)
         while True:
             # The context is left between frames, so that the caller never runs inside it.
-            with self._computing(reduced=self._device.type == "cuda"):
+            with self.computing(reduced=self._device.type == "cuda"):
                 step = next(steps, None)
             if step is None:
                 return
             yield step
 
     def _encode(self, images_n3ss: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        with self._computing(reduced=self._spec.precision == "bfloat16"):
+        with self.computing(reduced=self._spec.precision == "bfloat16"):
             images = (torch.from_numpy(images_n3ss).to(self._device) - self._mean) / self._std
             maps = self._model.forward_image(images)["backbone_fpn"]
             return maps[0], maps[1], maps[2]
 
     @contextmanager
-    def _computing(self, *, reduced: bool = False) -> Iterator[None]:
-        """Set threads and precision for one computation and put back what the caller had.
+    def computing(self, *, reduced: bool = False, gradients: bool = False) -> Iterator[None]:
+        """Set threads, precision and gradients for one computation and put back what the caller had.
 
         Gradients are off by ``no_grad``, not inference mode, whose tensors callers could not change in place.
         """
@@ -238,7 +238,10 @@ class MetaSam2Backend:
         if self._threads is not None and self._threads != threads:
             torch.set_num_threads(self._threads)
         try:
-            with torch.no_grad(), torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=reduced):
+            with (
+                torch.set_grad_enabled(gradients),
+                torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=reduced),
+            ):
                 yield
         finally:
             if torch.get_num_threads() != threads:

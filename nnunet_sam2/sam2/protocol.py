@@ -6,6 +6,7 @@ Shape letters: N frames, K objects or prompts, S model size in pixels, C embeddi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -143,6 +144,10 @@ class Sam2Backend(Protocol):
         reverse: bool = False,
     ) -> Iterator[Propagated]:
         """Yield what `propagate` returns frame by frame, so that a long video's masks never lie in memory together."""
+        ...
+
+    def computing(self, *, reduced: bool = False, gradients: bool = False) -> AbstractContextManager[None]:
+        """Set the back end's threads, and whether to reduce precision and to keep gradients, for a while."""
         ...
 
     def model_copy(self) -> Any:
