@@ -5,20 +5,11 @@ work="$(mkdir -p "${1:-$root/demo_work}" && cd "${1:-$root/demo_work}" && pwd)"
 export nnUNet_raw="$work/nnUNet_raw" nnUNet_preprocessed="$work/nnUNet_preprocessed" nnUNet_results="$work/nnUNet_results"
 mkdir -p "$nnUNet_raw" "$nnUNet_preprocessed" "$nnUNet_results"
 
-weights="${NNUNET_SAM2_WEIGHTS:-$root/../shared/weights}/sam2_hiera_tiny_image.safetensors"
-if [ -f "$weights" ]; then
-    sam2="$weights"
-    echo "SAM 2: the real Hiera-tiny image weights, $weights"
-else
-    sam2=untrained
-    echo "SAM 2: no weights found ($weights), so a small untrained one with seeded weights stands in"
-fi
-
 show() { echo "+ $*"; "$@"; }
 [ -d "$work/source" ] || show python -m nnunet_sam2.cohort.generated "$work/source" \
     --labelled 3 --unlabelled 8 --test 4 --shape 16 48 48
 [ -d "$nnUNet_raw/Dataset501_Demo" ] || show nnunet_sam2 convert "$work/source" -d 501 -n Demo \
     --test "$work/source/test"
-show nnunet_sam2 run -d 501 -c 3d_fullres -f all --sam2 "$sam2" --image-size 512 \
+show nnunet_sam2 run -d 501 -c 3d_fullres -f all \
     --rounds 2 --epochs 6 --device cpu --profile cpu --threads 2
 python "$root/scripts/demo_result.py" 501 "$work/result.json"

@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.sam2 import backend as backend_module
-from nnunet_sam2.sam2 import weights_bundled
 from nnunet_sam2.sam2.backend import load_backend
 from nnunet_sam2.sam2.config import UNTRAINED, load_config
 from nnunet_sam2.sam2.model import build_untrained
-from nnunet_sam2.sam2.weights_adopt import add_weights
-from nnunet_sam2.sam2.weights_cache import cache_folder, find_weights, kept_path, read_record, weights_identity
-from nnunet_sam2.sam2.weights_registry import EMBEDDED, ENTRIES
+from nnunet_sam2.sam2.weights import bundled as weights_bundled
+from nnunet_sam2.sam2.weights.adopt import add_weights
+from nnunet_sam2.sam2.weights.cache import cache_folder, find_weights, kept_path, read_record, weights_identity
+from nnunet_sam2.sam2.weights.registry import EMBEDDED, ENTRIES
 from nnunet_sam2.storage import file_hash
 
 SIZE = 64
@@ -225,7 +225,7 @@ def test_bundled_weights_are_held_against_the_hash_of_the_installation(tmp_path,
     path = tmp_path / "embedded.safetensors"
     path.write_bytes(b"weights")
     listed = base64.urlsafe_b64encode(hashlib.sha256(b"weights" if same else b"others").digest()).rstrip(b"=").decode()
-    monkeypatch.setattr("nnunet_sam2.sam2.weights_registry.BUNDLED_FOLDER", tmp_path)
+    monkeypatch.setattr("nnunet_sam2.sam2.weights.registry.BUNDLED_FOLDER", tmp_path)
     monkeypatch.setattr(weights_bundled, "installed_sha256", lambda _: listed)
     assert weights_bundled.verify_bundled(ENTRIES[EMBEDDED]).startswith("OK" if same else "changed")
 

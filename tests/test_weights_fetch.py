@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 
 from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.frames import Frames
-from nnunet_sam2.sam2 import weights_fetch, weights_registry
 from nnunet_sam2.sam2.backend import load_backend
 from nnunet_sam2.sam2.config import UNTRAINED, load_config
 from nnunet_sam2.sam2.model import build_untrained
-from nnunet_sam2.sam2.weights_cache import cache_folder, find_weights, kept_path, read_record, weights_identity
-from nnunet_sam2.sam2.weights_fetch import fetch_weights
-from nnunet_sam2.sam2.weights_registry import ENTRIES, WeightsEntry
+from nnunet_sam2.sam2.weights import fetch as weights_fetch
+from nnunet_sam2.sam2.weights import registry as weights_registry
+from nnunet_sam2.sam2.weights.cache import cache_folder, find_weights, kept_path, read_record, weights_identity
+from nnunet_sam2.sam2.weights.fetch import fetch_weights
+from nnunet_sam2.sam2.weights.registry import ENTRIES, WeightsEntry
 
 NAME = "tiny_test"
 SIZE = 64

@@ -61,7 +61,7 @@ def test_the_installed_wheel_labels_a_cohort_without_a_network(
     (site / "sitecustomize.py").write_text(NO_NETWORK)
     environment = os.environ | {"PYTHONPATH": str(site), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     environment |= {name: str(tmp_path / name) for name in VARIABLES}
-    script = "import sys, nnunet_sam2; from nnunet_sam2.cli.main import main; print(nnunet_sam2.__file__); sys.exit(main())"
+    script = "import sys, nnunet_sam2, nnunet_sam2.cli.main as cli; print(nnunet_sam2.__file__); sys.exit(cli.main())"
     command = [sys.executable, "-c", script, "label", "-d", str(fresh_dataset.dataset_id), "--device", "cpu"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

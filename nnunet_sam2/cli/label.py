@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from nnunet_sam2.labelling.registry import STRATEGIES, make_strategy, parse_settings
-from nnunet_sam2.sam2.weights_registry import EMBEDDED
+from nnunet_sam2.sam2.weights.registry import EMBEDDED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

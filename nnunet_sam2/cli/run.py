@@ -6,7 +6,7 @@ import argparse
 
 from nnunet_sam2.labelling.registry import parse_settings
 from nnunet_sam2.rounds.options import PROFILES, RunOptions
-from nnunet_sam2.sam2.weights_registry import EMBEDDED
+from nnunet_sam2.sam2.weights.registry import EMBEDDED
 
 _DEFAULTS = RunOptions()
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_sam2.progress import say
-from nnunet_sam2.sam2.weights_bundled import header_text, verify_bundled
-from nnunet_sam2.sam2.weights_cache import (
+from nnunet_sam2.sam2.weights.bundled import header_text, verify_bundled
+from nnunet_sam2.sam2.weights.cache import (
     CHANGED,
     WeightsRecord,
     all_names,
@@ -24,7 +24,7 @@ from nnunet_sam2.sam2.weights_cache import (
     state_of,
     verify_weights,
 )
-from nnunet_sam2.sam2.weights_registry import EMBEDDED, SEE_ORIGIN, WeightsEntry
+from nnunet_sam2.sam2.weights.registry import EMBEDDED, SEE_ORIGIN, WeightsEntry
 
 CHANGED_STATUS = 1
 
@@ -97,7 +97,7 @@ def _fetch(args: argparse.Namespace) -> int:
     entry = known_entry(args.name)
     if entry.repo is not None:
         say(f"{args.name}: {entry.file} of {entry.page}, {_megabytes(_facts(entry))}")
-    from nnunet_sam2.sam2.weights_fetch import fetch_weights
+    from nnunet_sam2.sam2.weights.fetch import fetch_weights
 
     fetched = fetch_weights(args.name, accept_changed=args.accept_changed)
     say(f"{args.name} {fetched.done}")
@@ -106,7 +106,7 @@ def _fetch(args: argparse.Namespace) -> int:
 
 
 def _add(args: argparse.Namespace) -> int:
-    from nnunet_sam2.sam2.weights_adopt import add_weights
+    from nnunet_sam2.sam2.weights.adopt import add_weights
 
     record = add_weights(
         args.name, args.file, origin=args.origin, licence=args.licence, accept_changed=args.accept_changed

@@ -18,7 +18,7 @@ from nnunet_sam2.rounds import nnunet
 from nnunet_sam2.rounds.ledger import Ledger
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import RUNS_FOLDER
-from nnunet_sam2.sam2.weights_cache import weights_identity
+from nnunet_sam2.sam2.weights.cache import weights_identity
 from nnunet_sam2.storage import file_hash, read_json
 from nnunet_sam2.trainers.settings import RoundSettings
 

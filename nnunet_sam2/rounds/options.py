@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.sam2.weights_registry import EMBEDDED
+from nnunet_sam2.sam2.weights.registry import EMBEDDED
 from nnunet_sam2.trainers.settings import RoundSettings
 
 PROFILES = ("gpu", "cpu")

@@ -22,7 +22,7 @@ from nnunet_sam2.sam2.decoder import decode_frame
 from nnunet_sam2.sam2.model import build_model, build_untrained, load_weights
 from nnunet_sam2.sam2.propagation import VideoWalker
 from nnunet_sam2.sam2.protocol import Decoded, Embeddings, Propagated, Sam2Spec
-from nnunet_sam2.sam2.weights_cache import find_weights, require_unchanged
+from nnunet_sam2.sam2.weights.cache import find_weights, require_unchanged
 from nnunet_sam2.storage import value_hash
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)

@@ -11,7 +11,7 @@ from nnunet_sam2.sam2.config import UNTRAINED
 EMBEDDED = "embedded"
 """Name of the small model that comes with the package."""
 
-BUNDLED_FOLDER = Path(__file__).parent / "weights"
+BUNDLED_FOLDER = Path(__file__).parent
 SEE_ORIGIN = "see origin"
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

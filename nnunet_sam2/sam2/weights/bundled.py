@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.sam2.weights_cache import CHANGED
-from nnunet_sam2.sam2.weights_registry import WeightsEntry
+from nnunet_sam2.sam2.weights.cache import CHANGED
+from nnunet_sam2.sam2.weights.registry import WeightsEntry
 
 
 def verify_bundled(entry: WeightsEntry) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.sam2.config import UNTRAINED
-from nnunet_sam2.sam2.weights_registry import ENTRIES, WeightsEntry, resembling
+from nnunet_sam2.sam2.weights.registry import ENTRIES, WeightsEntry, resembling
 from nnunet_sam2.storage import file_hash, read_json, write_json
 
 VARIABLE = "NNUNET_SAM2_WEIGHTS_CACHE"

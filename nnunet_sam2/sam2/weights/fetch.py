@@ -16,8 +16,8 @@ from typing import Any
 from nnunet_sam2.errors import InputError, NnunetSam2Error, StageError
 from nnunet_sam2.progress import bar_options
 from nnunet_sam2.sam2 import checkpoint as reading
-from nnunet_sam2.sam2.weights_adopt import Provenance, adopt, check_file_hash, weights_lock
-from nnunet_sam2.sam2.weights_cache import (
+from nnunet_sam2.sam2.weights.adopt import Provenance, adopt, check_file_hash, weights_lock
+from nnunet_sam2.sam2.weights.cache import (
     PARTIAL_FOLDER,
     VARIABLE,
     WeightsRecord,
@@ -27,7 +27,7 @@ from nnunet_sam2.sam2.weights_cache import (
     read_record,
     verify_weights,
 )
-from nnunet_sam2.sam2.weights_registry import WeightsEntry
+from nnunet_sam2.sam2.weights.registry import WeightsEntry
 from nnunet_sam2.storage import file_hash
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")

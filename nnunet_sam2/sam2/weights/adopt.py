@@ -15,7 +15,7 @@ from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.sam2 import checkpoint as reading
 from nnunet_sam2.sam2.config import ModelConfig, load_config
 from nnunet_sam2.sam2.model import build_model, load_weights
-from nnunet_sam2.sam2.weights_cache import (
+from nnunet_sam2.sam2.weights.cache import (
     VARIABLE,
     WeightsRecord,
     all_names,
@@ -25,7 +25,7 @@ from nnunet_sam2.sam2.weights_cache import (
     read_record,
     write_record,
 )
-from nnunet_sam2.sam2.weights_registry import ENTRIES, SEE_ORIGIN, WeightsEntry
+from nnunet_sam2.sam2.weights.registry import ENTRIES, SEE_ORIGIN, WeightsEntry
 from nnunet_sam2.storage import TEMPORARY_MARK, file_hash
 
 _CHECK_SIZE = 64
