@@ -11,6 +11,9 @@ import numpy as np
 from nnunet_sam2.labelling.components import Keep, filter_components
 from nnunet_sam2.labelling.member import Member, PseudoLabel
 
+COMPONENTS = ("auto", "largest", "confident", "none")
+"""Ways to choose which 3D components of a class to keep."""
+
 _TINY = 1e-6
 
 
@@ -26,8 +29,8 @@ class FusionOptions:
     """``entropy``: 1 - binary entropy (bits) of the label's mean probability; ``margin``: its distance from a half."""
 
     def __post_init__(self) -> None:
-        if self.components not in ("auto", "largest", "confident", "none"):
-            raise ValueError(f"components={self.components}: choose auto, largest, confident or none")
+        if self.components not in COMPONENTS:
+            raise ValueError(f"components={self.components}: choose one of {', '.join(COMPONENTS)}")
         if self.confidence not in ("entropy", "margin"):
             raise ValueError(f"confidence={self.confidence}: choose entropy or margin")
 
