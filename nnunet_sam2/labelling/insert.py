@@ -1,12 +1,12 @@
-"""Insert labelled slices into the query and let SAM 2's memory carry their masks from there.
+"""Insert labelled slices into the query, or the query into a labelled volume, and let SAM 2's memory carry the masks.
 
-Shape letters: N query slices, M support slices, K classes, S model size, F features of a slice.
+Shape letters: N query slices, M support slices, K classes, S model size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,47 +14,87 @@ import torch
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.frames import resize
+from nnunet_sam2.labelling.fusion import COMPONENTS, FusionOptions
+from nnunet_sam2.labelling.insert_plans import LEAST_TO_SWITCH, MODES, Asked, Pair, Plan
+from nnunet_sam2.labelling.insert_sources import InsertSource, most_similar
+from nnunet_sam2.labelling.insert_videos import QUERY
 from nnunet_sam2.labelling.member import Member
-from nnunet_sam2.sam2.protocol import Embeddings, Propagated, Sam2Backend
+from nnunet_sam2.labelling.memory import slice_descriptors
+from nnunet_sam2.sam2.protocol import Propagated, Sam2Backend
 from nnunet_sam2.support.cases import Query, Support
 
-_DESCRIPTOR_GRID = 4
-"""Cells along each side into which a slice's embedding is pooled to be compared with others."""
+_INSERTIONS = 3
+"""Places for each support where the user names no number: where there is room for so many."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InsertOptions:
-    """Say how often and where support slices are inserted; fusion has the options for what becomes of the members."""
+    """Say which pseudo-videos are made, and how many."""
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {
+            "mode": "la_to_un",
+            "supports": None,
+            "insertions": 5,
+            "positions": "random",
+            "prompted_slices": None,
+            "whole_support": True,
+            "both_directions": False,
+            "components": "largest",
+        }
+    }
+    """``paper``: SSL-MedSAM2 (arXiv 2512.11548) as released: all supports, five random places each, whole volumes, one
+    visit a slice; mean probability above a half, and the largest component."""
+
+    mode: str = "la_to_un"
+    """``la_to_un``: support slices into the query; ``un_to_la``: the query into the support; ``switch``: half of the
+    labelled slices and a run of the query change places; ``chunk``: each stretch of the query takes a place in the
+    support."""
     supports: int | None = None
     """How many supports to use, the most similar ones first; none means all."""
-    insertions: int = 3
-    """Insertions for each support; one member comes of each."""
+    insertions: int | None = None
+    """Places for each support; one member comes of each. None: 3, or as many as there are."""
     positions: str = "matched"
-    """``matched``: at query slices that look most like the class's support slices; ``random``: as in SSL-MedSAM2."""
+    """``matched``: where slices look alike; ``random``: drawn (`chunk`: at the same relative place), as published."""
     prompted_slices: int | None = 8
-    """At most so many slices of a class are inserted, spread over its extent; none means all that show it."""
+    """At most so many slices of a class prompt, spread over its extent; none means all that show it."""
+    whole_support: bool = False
+    """Slices of the support without prompt stand in the videos too, and SAM 2 remembers what it finds on them."""
     both_directions: bool = True
-    """Visit every query slice twice, walking away from the insertion and towards it, and average the two."""
+    """Visit every query slice in both directions, where prompts allow, and average the two."""
+    chunks: int = 5
+    """Stretches of the query in mode ``chunk``."""
+    components: str | None = None
+    """Which 3D component of a class to keep (auto, largest, confident, none); None: what --components says."""
 
     def __post_init__(self) -> None:
-        if self.positions not in ("matched", "random"):
-            raise ValueError(f"positions={self.positions}: choose matched or random")
-        for name in ("supports", "insertions", "prompted_slices"):
+        known: list[tuple[str, tuple[str | None, ...]]] = [
+            ("mode", tuple(MODES)),
+            ("positions", ("matched", "random")),
+            ("components", (None, *COMPONENTS)),
+        ]
+        for name, choices in known:
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)}: choose one of {', '.join(str(c) for c in choices)}")
+        for name in ("supports", "insertions", "prompted_slices", "chunks"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if self.mode == "chunk" and (self.insertions or 1) > 1:
+            raise ValueError(f"insertions={self.insertions}: mode chunk gives one member a support; leave it out")
+        if self.mode == "switch" and self.prompted_slices is not None and self.prompted_slices < LEAST_TO_SWITCH:
+            raise ValueError(f"prompted_slices={self.prompted_slices}: mode switch needs at least {LEAST_TO_SWITCH}")
 
 
 class Insert:
-    """Label a query by whole-volume insertion (SSL-MedSAM2, arXiv 2512.11548), all classes.
+    """Label a query by pseudo-videos of it and a labelled volume (SSL-MedSAM2, arXiv 2512.11548), all classes.
 
-    For each support and insertion, a class's slices with their masks go between two query slices; SAM 2 walks from them
-    to both ends of the query. Different from the released code: positions are matched to the anatomy unless asked
-    otherwise; forward and backward passes both cover the whole query when their mean is asked for (there the average
-    touched only the inserted slices); slices without the class are not inserted, so that memory starts with what is
-    known; the memory of a prompted slice is computed once for all videos; classes that a support does not show are
-    taken from the most similar one that does, instead of pulling the mean down.
+    One member comes of each support and place. Different from the released code, unless the preset asks for it: places
+    are matched to the anatomy; both directions cover the whole query when their mean is asked for; slices without the
+    class are not inserted, so that memory starts with what is known. Always different: the memory of a prompted slice
+    is computed once for all videos; directions are averaged as probabilities, for a mean of logits lets the direction
+    that has lost the object veto the other; classes that a support does not show are taken from one that does; the
+    modes that the released code does not call work (see `insert_plans`).
     """
 
     name: ClassVar[str] = "insert"
@@ -68,6 +108,19 @@ class Insert:
         """Return the options."""
         return self._options
 
+    def fusion(self, asked: FusionOptions) -> FusionOptions:
+        """Return how the members are to be fused; see `BringsFusion`."""
+        components: Any = self._options.components
+        return asked if components is None else replace(asked, components=components)
+
+    def check(self, case_id: str, slices: int) -> None:
+        """Refuse a query with fewer slices than insertions; see `Limits`."""
+        if self._options.mode == "la_to_un" and (self._options.insertions or 1) > slices:
+            raise InputError(
+                f"case {case_id} has {slices} slice{'s' * (slices != 1)}, and insertions={self._options.insertions} "
+                f"would put a support twice at the same place; use --set insertions={slices}, or leave the case out"
+            )
+
     def members(
         self,
         query: Query,
@@ -76,164 +129,129 @@ class Insert:
         backend: Sam2Backend,
         rng: np.random.Generator,
     ) -> Iterator[Member]:
-        """Yield one member for each support and insertion; see `Strategy.members`.
+        """Yield one member for each support and place; see `Strategy.members`.
 
-        Raises `InputError` where no support shows any class at model size.
+        Raises `InputError` where no support shows any class at model size, where there are fewer places than asked
+        for, and in mode ``switch`` where a class is on one slice of each support alone.
         """
-        query_nf = slice_descriptors(query.embeddings)
+        self.check(query.case_id, len(query.frames))
+        options = self._options
+        query_nf = slice_descriptors(query.embeddings).numpy()
         sources = [
-            _Source(support, class_values, self._options.prompted_slices)
-            for support in _most_similar(query_nf, supports, self._options.supports)
+            InsertSource(support, class_values, limit=options.prompted_slices, whole=options.whole_support)
+            for support in most_similar(query_nf, supports, options.supports)
         ]
-        if not any(source.slices[value] for source in sources for value in class_values):
+        lenders = {value: self._lenders(value, sources) for value in class_values}
+        if not any(lenders.values()):
             cases = ", ".join(support.case_id for support in supports) or "none given"
             raise InputError(
                 f"no slice of the supports ({cases}) shows a class at model size {query.frames.size}; "
                 f"give other supports or a larger --image-size"
             )
-        lenders = {v: [source for source in sources if source.slices[v]] for v in class_values}
         for number, source in enumerate(sources):
             chosen = {
-                v: source if source in lenders[v] else lenders[v][number % len(lenders[v])]
-                for v in class_values
-                if lenders[v]
+                value: source if source in able else able[number % len(able)] for value, able in lenders.items() if able
             }
-            positions = {v: self._positions(query_nf, chosen[v], v, rng) for v in chosen}
-            for insertion in range(min(self._options.insertions, len(query.frames))):
-                placed = {v: positions[v][insertion] for v in chosen}
+            # From one seed, so that classes with the same choice of places are put at the same ones.
+            seed = int(rng.integers(2**63))
+            plans = {v: self._plans(query_nf, chosen[v], v, np.random.default_rng(seed)) for v in chosen}
+            count = max(len(found) for found in plans.values())
+            if options.insertions is not None and options.mode != "chunk" and count < options.insertions:
+                raise InputError(
+                    f"support {source.support.case_id} and case {query.case_id} can be joined in mode {options.mode} "
+                    f"at {count} places, not at insertions={options.insertions}; use --set insertions={count}"
+                )
+            for insertion in range(count):
+                # A class with fewer places than another takes part in all members, or their mean would lack it.
+                placed = {v: found[insertion % len(found)] for v, found in plans.items()}
                 yield self._member(query, source, chosen, placed, class_values, backend, insertion)
 
-    def _positions(self, query_nf: np.ndarray, source: _Source, value: int, rng: np.random.Generator) -> list[int]:
-        count = min(self._options.insertions, len(query_nf))
-        if self._options.positions == "random":
-            return sorted(int(p) for p in rng.choice(len(query_nf), size=count, replace=False))
-        likeness_n = (query_nf @ source.descriptors_mf[source.slices[value]].T).max(axis=1)
-        return spread_peaks(likeness_n, count)
+    def _lenders(self, value: int, sources: Sequence[InsertSource]) -> list[InsertSource]:
+        """Return the supports that can prompt a class."""
+        showing = [source for source in sources if source.prompts(value)]
+        if self._options.mode != "switch":
+            return showing
+        able = [source for source in showing if len(source.prompts(value)) >= LEAST_TO_SWITCH]
+        if showing and not able:
+            cases = ", ".join(source.support.case_id for source in showing)
+            raise InputError(
+                f"class {value} is on a single slice of each support ({cases}); mode switch leaves half of a class's "
+                f"slices in place and needs {LEAST_TO_SWITCH}: use --set mode=la_to_un"
+            )
+        return able
+
+    def _plans(self, query_nf: np.ndarray, source: InsertSource, value: int, rng: np.random.Generator) -> list[Plan]:
+        options = self._options
+        pair = Pair(query_nf=query_nf, support_mf=source.descriptors_mf, support=source.inserted(value))
+        asked = Asked(
+            count=options.insertions or _INSERTIONS,
+            matched=options.positions == "matched",
+            twice=options.both_directions,
+            chunks=options.chunks,
+        )
+        return MODES[options.mode](pair, asked, rng)
 
     def _member(
         self,
         query: Query,
-        owner: _Source,
-        chosen: dict[int, _Source],
-        placed: dict[int, int],
+        owner: InsertSource,
+        chosen: Mapping[int, InsertSource],
+        placed: Mapping[int, Plan],
         class_values: tuple[int, ...],
         backend: Sam2Backend,
         insertion: int,
     ) -> Member:
         shape_hw = query.frames.slice_shape_hw
         prob_knhw = np.zeros((len(class_values), len(query.frames), *shape_hw), np.float32)
-        record: dict[str, Any] = {"support": owner.support.case_id, "insertion": insertion, "classes": {}}
+        classes: dict[str, Any] = {}
         for k, value in enumerate(class_values):
             if value not in chosen:
-                record["classes"][str(value)] = {"absent_in_all_supports": True}
+                classes[str(value)] = {"absent_in_all_supports": True}
                 continue
-            source, position = chosen[value], placed[value]
             visits = np.zeros(len(query.frames), int)
             scores: list[float] = []
-            for n, answer in _walks(query, source, value, position, backend, inward=self._options.both_directions):
+            for n, answer in _answers(query, chosen[value], value, placed[value], backend):
                 prob_ss = torch.sigmoid(answer.logits_kss[0]).cpu().numpy()
                 prob_knhw[k, n] += resize(prob_ss[None], shape_hw)[0]
                 visits[n] += 1
                 if (prob_ss > 0.5).any():
                     scores.append(float(answer.iou_k[0]))
             prob_knhw[k] /= np.maximum(visits, 1)[:, None, None]
-            record["classes"][str(value)] = {
-                "support": source.support.case_id,
-                "position": position,
-                "prompted_slices": source.slices[value],
-                "vanished_slices": source.vanished[value],
+            classes[str(value)] = {
+                **chosen[value].record(value),
+                "place": placed[value].place,
                 "slices_found": len(scores),
                 "estimated_iou": float(np.mean(scores)) if scores else None,
             }
         return Member(
             name=f"insert:{owner.support.case_id}:{insertion}",
             prob_kzyx=query.frames.slices_back(prob_knhw),
-            record=record,
+            record={
+                "support": owner.support.case_id,
+                "insertion": insertion,
+                "mode": self._options.mode,
+                "classes": classes,
+            },
         )
 
 
-class _Source:
-    """Hold which slices of a support prompt which class, with their masks at model size."""
-
-    def __init__(self, support: Support, class_values: tuple[int, ...], limit: int | None) -> None:
-        self.support = support
-        self.descriptors_mf = slice_descriptors(support.embeddings)
-        self.slices: dict[int, list[int]] = {}
-        self.masks_mss: dict[int, dict[int, np.ndarray]] = {}
-        self.vanished: dict[int, list[int]] = {}
-        unsure_m: np.ndarray = np.zeros(len(support.frames), bool)
-        if support.ignore_value is not None:
-            ignored = support.label_zyx == support.ignore_value
-            unsure_m = np.asarray(support.frames.slices_first(ignored).any(axis=(1, 2)))
-        for value in class_values:
-            mask_zyx = support.label_zyx == value
-            model_mss = support.frames.masks_to_model(mask_zyx)
-            shown = np.flatnonzero(model_mss.any(axis=(1, 2)))
-            # A mask says that all else is background, which nobody knows where voxels are to be ignored.
-            sure = shown[~unsure_m[shown]]
-            self.slices[value] = spread(sure if len(sure) else shown, limit)
-            self.masks_mss[value] = {m: model_mss[m] for m in self.slices[value]}
-            self.vanished[value] = list(support.frames.vanished_slices(mask_zyx, model_mss))
-
-
-def _walks(
-    query: Query, source: _Source, value: int, position: int, backend: Sam2Backend, *, inward: bool
+def _answers(
+    query: Query, source: InsertSource, value: int, plan: Plan, backend: Sam2Backend
 ) -> Iterator[tuple[int, Propagated]]:
-    """Yield (query slice, answer) for the walks that one insertion of one class stands for."""
-    before, after = list(range(position)), list(range(position, len(query.frames)))
-    # Both outward walks start at the inserted slices; the inward ones at the query's ends.
-    orders = [before[::-1], after]
-    if inward:
-        orders += [before, after[::-1]]
-    inserted = source.slices[value]
-    for order in orders:
-        if not order:
-            continue
-        # Walking backward is walking forward through the mirrored video, inserted slices included.
-        backward = order[0] > order[-1]
-        sequence = inserted[::-1] if backward else inserted
-        video = [(source.support.embeddings, m) for m in sequence] + [(query.embeddings, n) for n in order]
-        masks = {t: source.masks_mss[value][m][None] for t, m in enumerate(sequence)}
-        for answer in backend.walk(video, masks):
-            yield order[answer.frame - len(sequence)], answer
-
-
-def slice_descriptors(embeddings: Embeddings) -> np.ndarray:
-    """Describe each slice by its pooled embedding, unit length: (N, F) float32."""
-    pooled = [
-        torch.nn.functional.adaptive_avg_pool2d(embeddings.top(n)[None], _DESCRIPTOR_GRID).flatten()
-        for n in range(len(embeddings))
-    ]
-    descriptors_nf = torch.stack(pooled)
-    return np.asarray(torch.nn.functional.normalize(descriptors_nf, dim=1).cpu().numpy())
-
-
-def spread(indices: np.ndarray, limit: int | None) -> list[int]:
-    """Choose at most ``limit`` of ascending indices, evenly spread, the ends included where there is room."""
-    if limit is None or len(indices) <= limit:
-        return [int(i) for i in indices]
-    if limit == 1:
-        return [int(indices[len(indices) // 2])]
-    return [int(indices[round(i)]) for i in np.linspace(0, len(indices) - 1, limit)]
-
-
-def spread_peaks(score_n: np.ndarray, count: int) -> list[int]:
-    """Choose ``count`` positions of high score that keep a distance where there is room; best first, ties by order."""
-    distance = max(1, len(score_n) // (2 * count))
-    ranked = [int(n) for n in np.argsort(-score_n, kind="stable")]
-    chosen: list[int] = []
-    while len(chosen) < count and distance >= 1:
-        for n in ranked:
-            if len(chosen) < count and all(abs(n - other) >= distance for other in chosen):
-                chosen.append(n)
-        distance //= 2
-    return chosen
-
-
-def _most_similar(query_nf: np.ndarray, supports: Sequence[Support], count: int | None) -> list[Support]:
-    """Order supports by the mean likeness of the query's slices to their best slice, and keep the first."""
-    if count is None or len(supports) <= count:
-        return list(supports)
-    likeness = [float((query_nf @ slice_descriptors(s.embeddings).T).max(axis=1).mean()) for s in supports]
-    order = sorted(range(len(supports)), key=lambda i: (-likeness[i], supports[i].case_id))
-    return [supports[i] for i in order[:count]]
+    """Yield (query slice, answer) for the walks that one place of one class stands for."""
+    prompts = set(source.prompts(value))
+    for walk in plan.walks:
+        volumes = [query.embeddings if kind == QUERY else source.support.embeddings for kind, _ in walk.slots]
+        video = [(embeddings, n) for embeddings, (_, n) in zip(volumes, walk.slots, strict=True)]
+        masks = {
+            t: source.mask(value, m)[None] for t, (kind, m) in enumerate(walk.slots) if kind != QUERY and m in prompts
+        }
+        missing = set(walk.asked)
+        for answer in backend.walk(video, masks, reverse=walk.reverse):
+            kind, n = walk.slots[answer.frame]
+            if kind == QUERY and n in missing:
+                missing.discard(n)
+                yield n, answer
+            if not missing:
+                # What lies behind the last query slice asked for is of no use.
+                break
