@@ -144,8 +144,15 @@ def test_recipes_are_chosen_on_other_cases_and_those_that_cannot_be_told_apart_a
         "b": {default.name: {1: 0.8}, better.name: {1: 0.8}, alike.name: {1: 0.7}},
     }
     assert choose_recipes(rows, [better, alike], default, (1,)) == [better]
-    assert choose_recipes(rows, [better, alike], default, (1,), without="a") == [default, better]
+    assert choose_recipes(rows, [better, alike], default, (1,), without="a") == [default]
     assert choose_recipes(rows, [better, alike], default, (1,), without="b") == [better, alike]
+
+
+def test_the_default_recipe_stays_where_no_other_clearly_beats_it() -> None:
+    default = Recipe()
+    other = dataclasses.replace(default, sharpness=0.3)
+    rows = {"a": {default.name: {1: 0.8}, other.name: {1: 0.805}}}
+    assert choose_recipes(rows, [other], default, (1,)) == [default]
 
 
 def test_an_average_of_maps_still_sums_to_one() -> None:
@@ -155,8 +162,8 @@ def test_an_average_of_maps_still_sums_to_one() -> None:
 
 def test_numbers_that_the_user_set_are_not_searched() -> None:
     options = TransferOptions(sharpness=0.7, edge_radius=0.0, slice_weight=4.0)
-    assert candidate_recipes(options.fixed) == [Recipe(slice_weight=4.0, sharpness=0.7, edge_radius=0.0)]
-    assert len(candidate_recipes(TransferOptions().fixed)) > 1
+    assert candidate_recipes(options.fixed, Recipe()) == [Recipe(slice_weight=4.0, sharpness=0.7, edge_radius=0.0)]
+    assert len(candidate_recipes(TransferOptions().fixed, Recipe())) > 1
 
 
 @pytest.mark.parametrize(

@@ -58,12 +58,15 @@ PLACES = ((1.5, 1.0), (3.0, 2.0))
 """In-plane and through-plane weights to choose from: for free anatomy, and for crops that are aligned already."""
 
 SHARPNESSES = (0.05, 0.2)
-EDGE_RADII = (0.0, 0.5, 1.0)
 FINE_WEIGHTS = (0.3,)
 
 
-def candidate_recipes(fixed: Mapping[str, float | None]) -> list[Recipe]:
-    """List the recipes to choose from; ``fixed`` are numbers that the user has set (None: free)."""
+def candidate_recipes(fixed: Mapping[str, float | None], default: Recipe) -> list[Recipe]:
+    """List the recipes to choose from; ``fixed`` are numbers that the user has set (None: free).
+
+    They differ in what cohorts differ in, how well subjects are aligned and how many neighbours agree. The rest is the
+    default's: each number more to choose by is one more to be misled by.
+    """
 
     def free(key: str, values: Sequence[float]) -> Sequence[float]:
         value = fixed.get(key)
@@ -71,7 +74,6 @@ def candidate_recipes(fixed: Mapping[str, float | None]) -> list[Recipe]:
 
     places: Sequence[tuple[float, float]] = PLACES
     if fixed.get("position_weight") is not None or fixed.get("slice_weight") is not None:
-        default = Recipe()
         position, depth = fixed.get("position_weight"), fixed.get("slice_weight")
         places = (
             (
@@ -82,7 +84,10 @@ def candidate_recipes(fixed: Mapping[str, float | None]) -> list[Recipe]:
     return [
         Recipe(position_weight=position, slice_weight=depth, sharpness=sharpness, edge_radius=radius, fine_weight=fine)
         for (position, depth), sharpness, radius, fine in product(
-            places, free("sharpness", SHARPNESSES), free("edge_radius", EDGE_RADII), free("fine_weight", FINE_WEIGHTS)
+            places,
+            free("sharpness", SHARPNESSES),
+            free("edge_radius", (default.edge_radius,)),
+            free("fine_weight", FINE_WEIGHTS),
         )
     ]
 
@@ -97,8 +102,9 @@ def choose_recipes(
 ) -> list[Recipe]:
     """Choose the recipes that the checked cases cannot tell from the best one, best first; their maps are averaged.
 
-    Few labelled cases rank recipes by chance: to pick the winner alone is to follow it. ``rows`` maps a case to the
-    Dice that every recipe, by name, had on it. ``without`` leaves a case's own row out.
+    Few labelled cases rank recipes by chance: to pick the winner alone is to follow it, and where it does not clearly
+    beat the default, the default stays. ``rows`` maps a case to the Dice that every recipe, by name, had on it.
+    ``without`` leaves a case's own row out.
     """
     score = {}
     for recipe in dict.fromkeys((default, *candidates)):
@@ -111,6 +117,8 @@ def choose_recipes(
         ]
         score[recipe] = float(np.mean(found)) if found else 0.0
     ranked = sorted(score, key=lambda recipe: -score[recipe])
+    if score[ranked[0]] < score[default] + INDISTINCT:
+        return [default]
     return [recipe for recipe in ranked if score[recipe] >= score[ranked[0]] - INDISTINCT]
 
 

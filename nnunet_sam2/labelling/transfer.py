@@ -128,7 +128,8 @@ class Transfer:
             memory = self._memory_of(supports, class_values)
             chosen = np.linspace(0, len(supports) - 1, min(_CHECKED_CASES, len(supports))).round().astype(int)
             checked = [(int(s), supports[s]) for s in dict.fromkeys(chosen.tolist())]
-            recipes = list(dict.fromkeys([*self._candidates, self._default(supports[0])]))
+            default = self._default(supports[0])
+            recipes = list(dict.fromkeys([*candidate_recipes(self._options.fixed, default), default]))
             if len(recipes) > 1:
                 for s, support in track(checked, what="choosing the recipe", total=len(checked)):
                     self._recipe_rows[support.case_id] = self._check_recipes(
@@ -247,15 +248,12 @@ class Transfer:
     def _slices(self, support: Support, class_values: tuple[int, ...], cases: int) -> list[int]:
         return check_slices(support, class_values, max(3, self._options.check_slices // cases))
 
-    @property
-    def _candidates(self) -> list[Recipe]:
-        return candidate_recipes(self._options.fixed)
-
     def _recipes(self, support: Support, class_values: tuple[int, ...], *, without: str | None = None) -> list[Recipe]:
         default = self._default(support)
         if not set(self._recipe_rows) - {without}:
             return [default]
-        return choose_recipes(self._recipe_rows, self._candidates, default, class_values, without=without)
+        candidates = candidate_recipes(self._options.fixed, default)
+        return choose_recipes(self._recipe_rows, candidates, default, class_values, without=without)
 
     def _default(self, support: Support) -> Recipe:
         """Return what is taken where nothing can be checked; any labelled case tells how large a cell is in voxels."""
