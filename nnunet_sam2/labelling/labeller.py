@@ -18,11 +18,11 @@ from nnunet_sam2.labelling.fusion import FusionOptions, fuse
 from nnunet_sam2.labelling.leave_one_out import dice_by_class
 from nnunet_sam2.labelling.member import PseudoLabel
 from nnunet_sam2.labelling.registry import options_json
-from nnunet_sam2.labelling.strategy import Prepares, Strategy
+from nnunet_sam2.labelling.strategy import Prepares, PreparesCohort, Strategy
 from nnunet_sam2.progress import track
 from nnunet_sam2.sam2.protocol import Sam2Backend
 from nnunet_sam2.storage import atomic_path, file_hash, read_json, value_hash, write_json
-from nnunet_sam2.support.cases import Support
+from nnunet_sam2.support.cases import Query, Support
 from nnunet_sam2.support.library import (
     PROBABILITIES,
     cohort_slice_axis,
@@ -87,9 +87,10 @@ def label_cases(
 def require_memory(strategy: Strategy, backend: Sam2Backend) -> None:
     """Raise `InputError` where the strategy needs SAM 2's video memory and the checkpoint holds none."""
     if strategy.needs_memory and not backend.spec.has_memory:
+        way_out = getattr(strategy, "without_memory", "--strategy transfer")
         raise InputError(
             f"strategy {strategy.name} carries masks through the volume and needs SAM 2's video memory, which "
-            f"checkpoint {backend.spec.name} does not hold; use --strategy transfer or a whole checkpoint"
+            f"checkpoint {backend.spec.name} does not hold; use {way_out} or a whole checkpoint"
         )
 
 
@@ -127,8 +128,13 @@ class _Job:
     def input_key(self, case: Case) -> str:
         """Compute a hash of everything that the case's label depends on."""
         cohort = self.cohort
+        # A strategy that looks at the whole cohort labels a case otherwise when another image changes.
+        others = {}
+        if isinstance(self.strategy, PreparesCohort):
+            others["cohort"] = [[c.case_id, c.voxel_hash] for c in _seen_cases(cohort)]
         return value_hash(
             {
+                **others,
                 "version": _VERSION,
                 "case": [case.case_id, case.voxel_hash, case.geometry.to_json()],
                 "supports": [self._support_identity(cohort.case(case_id)) for case_id in self.support_ids],
@@ -170,22 +176,29 @@ class _Job:
             slice_axis=self.slice_axis,
             student_probabilities=self._student_folder,
         )
+        if isinstance(self.strategy, PreparesCohort):
+            cases = _CohortCases(job=self)
+            return supports, self.strategy.prepare_cohort(cases, supports, self.cohort.class_values, self.backend)
         if isinstance(self.strategy, Prepares):
             return supports, self.strategy.prepare(supports, self.cohort.class_values, self.backend)
         return supports, None
 
-    def label(
-        self, case: Case, supports: Sequence[Support], prepared: dict[str, Any] | None, key: str
-    ) -> dict[str, Any]:
-        """Label one case, write its files, the record last, and return the record."""
-        values = self.cohort.class_values
-        query = load_query(
+    def load(self, case: Case) -> Query:
+        """Read and encode one case without looking at its label."""
+        return load_query(
             self.cohort,
             case,
             self.backend,
             slice_axis=self.slice_axis,
             student_probabilities=self._student_folder,
         )
+
+    def label(
+        self, case: Case, supports: Sequence[Support], prepared: dict[str, Any] | None, key: str
+    ) -> dict[str, Any]:
+        """Label one case, write its files, the record last, and return the record."""
+        values = self.cohort.class_values
+        query = self.load(case)
         others = [support for support in supports if support.case_id != case.case_id]
         single = single_component_classes([support.label_zyx for support in others], values)
         fusion = dataclasses.replace(self.fusion, single_component_classes=single)
@@ -248,6 +261,23 @@ class _Job:
             return None
         path = self._student_folder / f"{case_id}.npz"
         return file_hash(path) if path.is_file() else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CohortCases(Sequence[Query]):
+    """Offer the cohort's cases one by one, read when asked for, so that they never lie in memory together."""
+
+    job: _Job
+
+    def __len__(self) -> int:
+        return len(_seen_cases(self.job.cohort))
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.job.load(_seen_cases(self.job.cohort)[index])
+
+
+def _seen_cases(cohort: Cohort) -> list[Case]:
+    return [case for case in cohort.cases if case.role in (Role.LABELLED, Role.UNLABELLED)]
 
 
 def _check(

@@ -20,6 +20,7 @@ STRATEGIES: dict[str, tuple[str, str, str]] = {
     "guided": ("nnunet_sam2.labelling.guided", "Guided", "GuidedOptions"),
     "transfer": ("nnunet_sam2.labelling.transfer", "Transfer", "TransferOptions"),
     "refine": ("nnunet_sam2.labelling.refine", "Refine", "RefineOptions"),
+    "chain": ("nnunet_sam2.labelling.chain", "Chain", "ChainOptions"),
     "prompted": ("nnunet_sam2.labelling.prompted", "Prompted", "PromptedOptions"),
 }
 

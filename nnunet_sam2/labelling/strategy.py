@@ -52,3 +52,23 @@ class Prepares(Protocol):
         What was found on a case is not used when that case is itself the query.
         """
         ...
+
+
+@runtime_checkable
+class PreparesCohort(Protocol):
+    """Mark a strategy that looks at the images of the whole cohort, once, before any query."""
+
+    def prepare_cohort(
+        self,
+        cases: Sequence[Query],
+        supports: Sequence[Support],
+        class_values: tuple[int, ...],
+        backend: Sam2Backend,
+    ) -> dict[str, Any]:
+        """Look at all cases and return a JSON record of what was found.
+
+        ``cases`` are the labelled and unlabelled cases, without labels, in the cohort's order; each is read anew
+        whenever it is asked for. Test cases are not among them. What human labels of ``supports`` say about a case is
+        not used when that case is itself the query.
+        """
+        ...
