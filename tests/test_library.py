@@ -69,7 +69,7 @@ def test_settings_from_the_command_line_are_checked() -> None:
     for wrong in (["a"], ["=1"], ["a=1", "a=2"]):
         with pytest.raises(InputError, match="--set"):
             parse_settings(wrong)
-    with pytest.raises(InputError, match="choose one of: .*insert, .*transfer"):
+    with pytest.raises(InputError, match=r"choose one of: .*insert, .*transfer"):
         make_strategy("transfers")
 
 

@@ -65,7 +65,7 @@ def train(
         for number in track(range(options.steps), what=what, total=options.steps):
             loss = step(number)
             if not bool(torch.isfinite(loss)):
-                raise StageError(f"{what}: the loss is {float(loss.detach())} in step {number}; lower the learning rate")
+                raise StageError(f"{what}: loss {float(loss.detach())} in step {number}; lower the learning rate")
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
