@@ -17,8 +17,9 @@ from nnunet_sam2.labelling.components import single_component_classes
 from nnunet_sam2.labelling.fusion import FusionOptions, fuse
 from nnunet_sam2.labelling.leave_one_out import dice_by_class
 from nnunet_sam2.labelling.member import PseudoLabel
+from nnunet_sam2.labelling.records import record_path
 from nnunet_sam2.labelling.registry import options_json
-from nnunet_sam2.labelling.strategy import Prepares, PreparesCohort, Strategy
+from nnunet_sam2.labelling.strategy import BringsFusion, Limits, Prepares, PreparesCohort, Strategy
 from nnunet_sam2.progress import track
 from nnunet_sam2.sam2.protocol import Sam2Backend
 from nnunet_sam2.storage import atomic_path, file_hash, read_json, value_hash, write_json
@@ -32,7 +33,6 @@ from nnunet_sam2.support.library import (
 from nnunet_sam2.volumes import write_label, write_map
 
 CONFIDENCE = "confidence"
-MEMBERS = "members"
 
 _VERSION = 1
 """Raised when the same inputs give other labels than before, so that old ones are not taken for current."""
@@ -71,7 +71,7 @@ def label_cases(
         seed=seed,
         save_probabilities=save_probabilities,
         student_probabilities=student_probabilities,
-        fusion=fusion or FusionOptions(),
+        fusion=_fusion(strategy, fusion or FusionOptions()),
         slice_axis=cohort_slice_axis(cohort),
     )
     keys = {case_id: job.input_key(cohort.case(case_id)) for case_id in case_ids}
@@ -99,7 +99,7 @@ def label_files(out: Path, case_id: str, file_ending: str, *, probabilities: boo
     files = [
         out / f"{case_id}{file_ending}",
         out / CONFIDENCE / f"{case_id}{file_ending}",
-        out / MEMBERS / f"{case_id}.json",
+        record_path(out, case_id),
     ]
     return (*files, out / PROBABILITIES / f"{case_id}.npz") if probabilities else tuple(files)
 
@@ -153,7 +153,7 @@ class _Job:
 
     def finished(self, case_id: str, key: str) -> dict[str, Any] | None:
         """Return the record of a case that is done with these inputs and whose files are whole, else None."""
-        path = self.out / MEMBERS / f"{case_id}.json"
+        path = record_path(self.out, case_id)
         if not path.is_file():
             return None
         try:
@@ -219,7 +219,7 @@ class _Job:
             **pseudo.record,
             "files": hashes,
         }
-        write_json(self.out / MEMBERS / f"{case.case_id}.json", record)
+        write_json(record_path(self.out, case.case_id), record)
         return record
 
     def _write(self, case: Case, pseudo: PseudoLabel) -> dict[str, str]:
@@ -276,6 +276,10 @@ class _CohortCases(Sequence[Query]):
         return self.job.load(_seen_cases(self.job.cohort)[index])
 
 
+def _fusion(strategy: Strategy, asked: FusionOptions) -> FusionOptions:
+    return strategy.fusion(asked) if isinstance(strategy, BringsFusion) else asked
+
+
 def _seen_cases(cohort: Cohort) -> list[Case]:
     return [case for case in cohort.cases if case.role in (Role.LABELLED, Role.UNLABELLED)]
 
@@ -301,6 +305,10 @@ def _check(
         if not uses_student and not [s for s in support_ids if s != case_id]:
             raise InputError(f"case {case_id} has no support left: a case cannot support itself; label another case")
     require_memory(strategy, backend)
+    if isinstance(strategy, Limits):
+        slice_axis = cohort_slice_axis(cohort)
+        for case_id in case_ids:
+            strategy.check(case_id, cohort.case(case_id).geometry.shape_zyx[slice_axis])
     if uses_student:
         if student_probabilities is None:
             raise InputError(f"strategy {strategy.name} needs the student's probabilities (--student FOLDER)")

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
+from nnunet_sam2.labelling.fusion import FusionOptions
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.sam2.protocol import Sam2Backend
 from nnunet_sam2.support.cases import Query, Support
@@ -71,4 +72,22 @@ class PreparesCohort(Protocol):
         whenever it is asked for. Test cases are not among them. What human labels of ``supports`` say about a case is
         not used when that case is itself the query.
         """
+        ...
+
+
+@runtime_checkable
+class Limits(Protocol):
+    """Mark a strategy that cannot serve every case, or that needs something which may be absent."""
+
+    def check(self, case_id: str, slices: int) -> None:
+        """Raise `InputError` where a case with so many slices cannot be labelled; asked before anything is written."""
+        ...
+
+
+@runtime_checkable
+class BringsFusion(Protocol):
+    """Mark a strategy whose options may say how its members are fused."""
+
+    def fusion(self, asked: FusionOptions) -> FusionOptions:
+        """Return ``asked`` with what the strategy's own options say instead."""
         ...

@@ -1,0 +1,24 @@
+"""Where the record of a label lies, and how to find one without knowing who wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MEMBERS = "members"
+"""Folder of the records beside the labels."""
+
+_DEPTH = 4
+"""Folders between a dataset's results and its deepest labels: run, sam2, unlabelled, and one to spare."""
+
+
+def record_path(out: Path, case_id: str) -> Path:
+    """Name the record of a case in a folder of labels."""
+    return out / MEMBERS / f"{case_id}.json"
+
+
+def find_records(folder: Path, case_id: str) -> list[Path]:
+    """Find a case's records in a folder of labels, a run's folder or the folder of all runs, the oldest first."""
+    found = [path for depth in range(_DEPTH) for path in folder.glob(f"{'*/' * depth}{MEMBERS}/*.json")]
+    # Compared as text: a case id may hold what a pattern takes for a wildcard.
+    named = [path for path in found if path.name == f"{case_id}.json"]
+    return sorted(named, key=lambda path: (path.stat().st_mtime, path))
