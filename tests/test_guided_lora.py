@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from nnunet_sam2.labelling.adapt import TrainingOptions, mask_loss, train
 from nnunet_sam2.labelling.guided import Guided, GuidedOptions
 from nnunet_sam2.labelling.guided_lora import draw_partner, lora_losses, train_lora
 from nnunet_sam2.labelling.support_slices import SupportSlices
+from nnunet_sam2.sam2 import lora
 from nnunet_sam2.sam2.adaptation import TrainableSam2
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.sam2.lora import add_lora, merged_weights
@@ -155,9 +155,12 @@ def test_no_case_is_labelled_by_what_it_taught(
 
 
 def test_without_peft_lora_says_what_to_install(backend: MetaSam2Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr(lora, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'nnunet_sam2\[lora\]'"):
         add_lora(backend.model_copy(), rank=4, seed=0)
+    with pytest.raises(InputError, match="LoRA needs the peft package"):
+        Guided(GuidedOptions(lora_rank=4)).check("any", 12)
+    Guided().check("any", 12)
 
 
 def test_a_loss_that_is_lost_ends_the_training(backend: MetaSam2Backend) -> None:

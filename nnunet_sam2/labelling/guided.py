@@ -34,6 +34,7 @@ from nnunet_sam2.labelling.redraw import rows_json
 from nnunet_sam2.labelling.slice_check import SliceDice, check_slices
 from nnunet_sam2.labelling.support_slices import Found, SupportSlices
 from nnunet_sam2.progress import track
+from nnunet_sam2.sam2.lora import require_peft
 from nnunet_sam2.sam2.protocol import Sam2Backend
 from nnunet_sam2.support.cases import Query, Support
 
@@ -142,6 +143,11 @@ class Guided:
     def options(self) -> GuidedOptions:
         """Return the options."""
         return self._options
+
+    def check(self, case_id: str, slices: int) -> None:
+        """Refuse LoRA where `peft` is not installed; see `Limits`."""
+        if self._options.lora_rank:
+            require_peft()
 
     def prepare(
         self, supports: Sequence[Support], class_values: tuple[int, ...], backend: Sam2Backend

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,16 +27,21 @@ class SplitProjection(torch.nn.Module):
         return torch.cat([self.get_submodule(name)(x) for name in _PARTS], dim=-1)
 
 
+def require_peft() -> None:
+    """Raise `InputError` where the package that LoRA comes from is not installed."""
+    if find_spec("peft") is None:
+        raise InputError("LoRA needs the peft package: pip install 'nnunet_sam2[lora]'")
+
+
 def add_lora(model: Any, *, rank: int, seed: int) -> list[torch.nn.Parameter]:
     """Put LoRA on q and v of every Hiera block, over their full width, and return what is to be trained.
 
     The rest of the model is left without gradients. SAM2-SGP's code adapts only as many channels as a block takes in,
     which is half of q and half of v where a stage doubles them. Raises `InputError` where `peft` is not installed.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise InputError("LoRA needs the peft package: pip install 'nnunet_sam2[lora]'") from None
+    require_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
     model.requires_grad_(False)
     trunk = model.image_encoder.trunk
     for block in trunk.blocks:
