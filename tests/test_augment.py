@@ -77,6 +77,22 @@ def test_saturation_leaves_grey_images_alone() -> None:
     assert not np.allclose(augment_image(image, dataclasses.replace(STILL, saturation=0.3)), image, atol=0.01)
 
 
+def test_hue_turns_colours_and_leaves_grey_images_alone() -> None:
+    turned = dataclasses.replace(STILL, hue=1 / 3)
+    np.testing.assert_allclose(augment_image(_image(_square()), turned), _image(_square()), atol=1e-5)
+    red = np.zeros((3, 8, 8), np.float32)
+    red[0] = 0.8
+    green = augment_image(red, turned)
+    np.testing.assert_allclose(green[1], 0.8, atol=1e-5)
+    np.testing.assert_allclose(green[[0, 2]], 0.0, atol=1e-5)
+
+
+def test_hue_changes_no_other_draw() -> None:
+    plain, hued = (draw_augmentation(AugmentOptions(hue=h), np.random.default_rng(3)) for h in (0.0, 0.2))
+    assert hued.hue != 0
+    assert dataclasses.replace(hued, hue=0.0) == plain
+
+
 def test_the_same_seed_draws_the_same_and_stays_in_bounds() -> None:
     options = AugmentOptions()
     assert draw_augmentation(options, np.random.default_rng(3)) == draw_augmentation(options, np.random.default_rng(3))
@@ -87,7 +103,9 @@ def test_the_same_seed_draws_the_same_and_stays_in_bounds() -> None:
     assert len({v.rotation_degrees for v in drawn}) == 50
 
 
-@pytest.mark.parametrize("changes", [{"scale": 1.0}, {"rotation_degrees": -1.0}, {"contrast": float("nan")}])
+@pytest.mark.parametrize(
+    "changes", [{"scale": 1.0}, {"hue": 0.6}, {"rotation_degrees": -1.0}, {"contrast": float("nan")}]
+)
 def test_bounds_that_make_no_image_are_refused(changes: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         AugmentOptions(**changes)

@@ -8,6 +8,7 @@ import torch
 from test_sam2_backend import SIZE, lively_model, make_backend, stock_walk
 
 from nnunet_sam2.frames import Frames
+from nnunet_sam2.labelling.fusion import FusionOptions
 from nnunet_sam2.labelling.insert import Insert
 from nnunet_sam2.labelling.registry import make_strategy
 from nnunet_sam2.support.cases import Query, Support
@@ -170,5 +171,8 @@ def test_the_preset_is_the_released_codes_protocol():
     assert (options.mode, options.supports, options.insertions) == ("la_to_un", None, 5)
     assert (options.positions, options.prompted_slices, options.whole_support) == ("random", None, True)
     assert not options.both_directions
+    assert Insert(options).fusion(FusionOptions()).components == "largest"
+    assert make_strategy("insert", {"components": "none"}).fusion(FusionOptions()).components == "none"
+    assert Insert().fusion(FusionOptions(components="confident")).components == "confident"
     assert make_strategy("insert", {"preset": "paper", "insertions": "2"}).options.insertions == 2
     assert Insert().options.positions == "matched"

@@ -11,6 +11,7 @@ import pytest
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.match import Match, MatchOptions
+from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.registry import make_strategy
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.sam2.protocol import Propagated
@@ -42,6 +43,11 @@ def _rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+def _slices(member: Member) -> list[dict[str, Any]]:
+    (pool,) = member.record["pools"]
+    return list(pool["slices"])
+
+
 def test_every_rank_gives_a_member_on_the_query_grid(
     cohort: Cohort, supports: list[Support], query: Query, backend: MetaSam2Backend
 ) -> None:
@@ -52,8 +58,8 @@ def test_every_rank_gives_a_member_on_the_query_grid(
         assert member.prob_kzyx.shape == (len(cohort.class_values), *query.geometry.shape_zyx)
         assert member.prob_kzyx.dtype == np.float32
         assert 0 <= member.prob_kzyx.min() <= member.prob_kzyx.max() <= 1
-    best, second = (m.record["slices"] for m in members)
-    assert all(a["distance"] <= b["distance"] for a, b in zip(best, second, strict=True))
+    best, second = (_slices(m) for m in members)
+    assert all(a["embedding"] >= b["embedding"] for a, b in zip(best, second, strict=True))
     again = list(match.members(query, supports, cohort.class_values, backend, _rng()))
     assert all(np.array_equal(a.prob_kzyx, b.prob_kzyx) for a, b in zip(members, again, strict=True))
 
@@ -63,7 +69,7 @@ def test_a_slice_that_is_among_the_supports_is_matched_to_itself(
 ) -> None:
     match = Match(MatchOptions(augmentations=1, shortlist=2))
     (member,) = match.members(supports[0].as_query(), supports, cohort.class_values, backend, _rng())
-    found = [(s["support"], s["slice"], s["variant"]) for s in member.record["slices"]]
+    found = [(s["support"], s["slice"], s["variant"]) for s in _slices(member)]
     assert found == [(supports[0].case_id, n, None) for n in range(len(supports[0].frames))]
 
 
@@ -96,7 +102,7 @@ def test_variants_are_the_same_for_every_query_and_differ_between_slices(
     seen: dict[tuple[str, int, float], Any] = {}
     for volume in (query, supports[1].as_query()):
         for member in Match(options).members(volume, supports[:1], cohort.class_values, backend, _rng()):
-            for found in member.record["slices"]:
+            for found in _slices(member):
                 if found["variant"]:
                     key = (found["support"], found["slice"], found["variant"]["rotation_degrees"])
                     assert seen.setdefault(key, found["variant"]) == found["variant"]
@@ -108,7 +114,17 @@ def test_variants_are_the_same_for_every_query_and_differ_between_slices(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"metric": "ssim"}, {"augmentations": -1}, {"shortlist": 0}, {"matches": 0}, {"scale": 2.0}]
+    "settings",
+    [
+        {"metric": "mse"},
+        {"support_set": "all"},
+        {"components": "some"},
+        {"hue": 0.7},
+        {"augmentations": -1},
+        {"shortlist": 0},
+        {"matches": 0},
+        {"scale": 2.0},
+    ],
 )
 def test_options_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,9 @@ from nnunet_sam2.labelling.member import Member, PseudoLabel
 
 COMPONENTS = ("auto", "largest", "confident", "none")
 """Ways to choose which 3D components of a class to keep."""
+
+GIVEN = "given"
+"""Among a strategy's own options: the way that labelling as a whole was given."""
 
 _TINY = 1e-6
 
@@ -33,6 +36,10 @@ class FusionOptions:
             raise ValueError(f"components={self.components}: choose one of {', '.join(COMPONENTS)}")
         if self.confidence not in ("entropy", "margin"):
             raise ValueError(f"confidence={self.confidence}: choose entropy or margin")
+
+    def with_components(self, components: str) -> FusionOptions:
+        """Return these options with another way to choose components, or as they are for `GIVEN`."""
+        return self if components == GIVEN else replace(self, components=components)  # type: ignore[arg-type]  # checked
 
     def keep(self, class_values: Sequence[int]) -> dict[int, Keep]:
         """Return the classes to reduce to one component, with the rule for each."""

@@ -6,7 +6,7 @@ Shape letters: N query slices, M support slices, K classes, S model size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.frames import resize
-from nnunet_sam2.labelling.fusion import COMPONENTS, FusionOptions
+from nnunet_sam2.labelling.fusion import COMPONENTS, GIVEN, FusionOptions
 from nnunet_sam2.labelling.insert_plans import LEAST_TO_SWITCH, MODES, Asked, Pair, Plan
 from nnunet_sam2.labelling.insert_sources import InsertSource, most_similar
 from nnunet_sam2.labelling.insert_videos import QUERY
@@ -64,18 +64,18 @@ class InsertOptions:
     """Visit every query slice in both directions, where prompts allow, and average the two."""
     chunks: int = 5
     """Stretches of the query in mode ``chunk``."""
-    components: str | None = None
-    """Which 3D component of a class to keep (auto, largest, confident, none); None: what --components says."""
+    components: str = GIVEN
+    """Which 3D component of a class to keep: auto, largest, confident, none; ``given``: what --components says."""
 
     def __post_init__(self) -> None:
-        known: list[tuple[str, tuple[str | None, ...]]] = [
+        known: list[tuple[str, tuple[str, ...]]] = [
             ("mode", tuple(MODES)),
             ("positions", ("matched", "random")),
-            ("components", (None, *COMPONENTS)),
+            ("components", (GIVEN, *COMPONENTS)),
         ]
         for name, choices in known:
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)}: choose one of {', '.join(str(c) for c in choices)}")
+                raise ValueError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
         for name in ("supports", "insertions", "prompted_slices", "chunks"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -110,8 +110,7 @@ class Insert:
 
     def fusion(self, asked: FusionOptions) -> FusionOptions:
         """Return how the members are to be fused; see `BringsFusion`."""
-        components: Any = self._options.components
-        return asked if components is None else replace(asked, components=components)
+        return asked.with_components(self._options.components)
 
     def check(self, case_id: str, slices: int) -> None:
         """Refuse a query with fewer slices than insertions; see `Limits`."""

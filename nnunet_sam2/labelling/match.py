@@ -5,34 +5,59 @@ Shape letters: N slices, K classes, S model size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.frames import Frames
+from nnunet_sam2.labelling.fusion import COMPONENTS, GIVEN, FusionOptions
+from nnunet_sam2.labelling.match_candidates import Candidates
+from nnunet_sam2.labelling.match_pools import Pool, Ranked, Ranking, single_slice_pools, volume_pool
 from nnunet_sam2.labelling.member import Member
-from nnunet_sam2.sam2.protocol import Embeddings, Sam2Backend
-from nnunet_sam2.support.augment import Augmentation, AugmentOptions, augment_image, augment_masks, draw_augmentation
+from nnunet_sam2.sam2.protocol import Sam2Backend
+from nnunet_sam2.support.augment import AugmentOptions
 from nnunet_sam2.support.cases import Query, Support
-from nnunet_sam2.support.matching import Metric, make_metric, squared_distances
+from nnunet_sam2.support.matching import METRICS, Metric, make_metric
+
+_QUERY_BLOCK = 64
+"""Query slices that are described and ranked at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatchOptions:
     """Say how support slices are varied and matched."""
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {
+            "metric": "lpips",
+            "support_set": "slice",
+            "augmentations": 4,
+            "matches": 1,
+            "contrast": 0.2,
+            "brightness": 0.2,
+            "saturation": 0.2,
+            "hue": 0.1,
+            "gamma": 0.0,
+            "components": "none",
+        }
+    }
+    """``paper``: Zu et al. (arXiv 2503.04826): one support slice, four variants of it a query slice, LPIPS, arg-min.
+    The ranges of the variants are ours, for theirs are not known."""
+
     metric: str = "embedding"
-    """``embedding``: cosine of SAM 2's embeddings; ``lpips``: LPIPS with AlexNet, needs ``lpips_weights``."""
+    """``embedding``: cosine of SAM 2's embeddings; ``lpips``: LPIPS with AlexNet; ``ssim``; ``psnr``."""
     lpips_weights: str | None = None
-    """File of AlexNet's weights in torchvision's naming (.safetensors, .pth)."""
+    """File of AlexNet's weights in torchvision's naming (.safetensors, .pth); None: what torchvision downloaded."""
+    support_set: str = "volumes"
+    """``volumes``: all slices of all supports, all classes at once; ``slice``: for each class one slice of one support,
+    as published."""
     augmentations: int = 2
-    """Variants drawn of each support slice that is short-listed; 0 matches the slices as they are."""
+    """Variants of each short-listed support slice; in ``slice``, variants for each slice of the query. 0 makes none."""
     shortlist: int = 4
-    """How many support slices, the most similar ones as they are, compete with their variants."""
+    """How many support slices, the most similar ones as they are, compete with their variants (``volumes``)."""
     matches: int = 1
     """How many of the best matches each give a member; 1 is the method as published."""
     augmentation_seed: int = 0
@@ -43,10 +68,21 @@ class MatchOptions:
     translation: float = 0.05
     brightness: float = 0.1
     contrast: float = 0.2
+    saturation: float = 0.2
+    hue: float = 0.0
+    gamma: float = 0.2
+    components: str = GIVEN
+    """Which 3D component of a class to keep: auto, largest, confident, none; ``given``: what --components says."""
 
     def __post_init__(self) -> None:
-        if self.metric not in ("embedding", "lpips"):
-            raise ValueError(f"metric={self.metric}: choose embedding or lpips")
+        known: list[tuple[str, tuple[str, ...]]] = [
+            ("metric", METRICS),
+            ("support_set", ("volumes", "slice")),
+            ("components", (GIVEN, *COMPONENTS)),
+        ]
+        for name, choices in known:
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
         if self.augmentations < 0:
             raise ValueError(f"augmentations={self.augmentations} must not be negative")
         for name in ("shortlist", "matches"):
@@ -63,17 +99,10 @@ class MatchOptions:
             translation=self.translation,
             brightness=self.brightness,
             contrast=self.contrast,
+            saturation=self.saturation,
+            hue=self.hue,
+            gamma=self.gamma,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Candidate:
-    """Name a support slice, as it is or in one of its variants."""
-
-    support: int
-    index: int
-    variant: int | None
-    distance: float
 
 
 class Match:
@@ -81,9 +110,9 @@ class Match:
 
     Support slices and seeded variants of them (one affine map for image and mask, colours for the image alone) are
     compared with the query slice; the most similar one and the query slice make a two-frame clip, and SAM 2's memory
-    carries the masks of all classes over. Slices do not see each other. Different from the paper: there the support is
-    one slice and queries show the organ; here supports are volumes, and a slice without any class may win, which says
-    that the query slice shows none either. Variants are only made of a short list of slices.
+    carries the masks over. Slices do not see each other. Different from the paper, unless the preset asks for it:
+    there the support is one slice and queries show the organ; here supports are volumes, a slice without any class may
+    win, which says that the query slice shows none either, and variants are made of a short list of slices alone.
     """
 
     name: ClassVar[str] = "match"
@@ -92,12 +121,20 @@ class Match:
     def __init__(self, options: MatchOptions | None = None) -> None:
         self._options = options or MatchOptions()
         self._metric: Metric | None = None
-        self._kept: tuple[tuple[Any, ...], _Library] | None = None
+        self._kept: tuple[tuple[Any, ...], Candidates, Ranking] | None = None
 
     @property
     def options(self) -> MatchOptions:
         """Return the options."""
         return self._options
+
+    def fusion(self, asked: FusionOptions) -> FusionOptions:
+        """Return how the members are to be fused; see `BringsFusion`."""
+        return asked.with_components(self._options.components)
+
+    def check(self, case_id: str, slices: int) -> None:
+        """Refuse where the metric's weights are missing or not what they should be; see `Limits`."""
+        self._loaded_metric()
 
     def members(
         self,
@@ -107,134 +144,118 @@ class Match:
         backend: Sam2Backend,
         rng: np.random.Generator,
     ) -> Iterator[Member]:
-        """Yield one member a rank of match; see `Strategy.members`. ``rng`` is not used: variants have their seed."""
+        """Yield one member a rank of match; see `Strategy.members`. ``rng`` is not used: variants have their seed.
+
+        Raises `InputError` where no support shows any class at model size, and where there are fewer candidates than
+        matches asked for.
+        """
         if not supports:
             raise InputError(f"case {query.case_id} has no support to match")
-        if self._metric is None:
-            self._metric = make_metric(self._options.metric, self._options.lpips_weights)
-        key = (class_values, *(id(support) for support in supports))
-        if self._kept is None or self._kept[0] != key:
-            self._kept = (key, _Library(supports, class_values, self._metric, self._options, backend))
-        library = self._kept[1]
+        metric = self._loaded_metric()
+        candidates, ranking = self._library(supports, class_values, metric, backend)
+        pools = self._pools(candidates, len(query.frames))
         indices = range(len(query.frames))
-        vectors_nf = self._metric.describe(query.frames, query.embeddings, indices)
-        ranked = [library.rank(vector_f) for vector_f in vectors_nf]
-        for rank in range(min(self._options.matches, *(len(found) for found in ranked))):
-            chosen = [found[rank] for found in ranked]
+        ranked: list[list[list[Ranked]]] = [[] for _ in pools]
+        for start in range(0, len(indices), _QUERY_BLOCK):
+            described = metric.describe(query.frames, query.embeddings, indices[start : start + _QUERY_BLOCK])
+            for p, pool in enumerate(pools):
+                ranked[p] += ranking.rank(pool, described, self._options.matches)
+        absent = sorted(set(class_values) - {class_values[k] for pool in pools for k in pool.classes})
+        for rank in range(self._options.matches):
+            records: list[list[dict[str, Any]]] = [[] for _ in pools]
 
-            def maps(chosen: list[_Candidate] = chosen) -> Iterator[np.ndarray]:
+            def maps(rank: int = rank, records: list[list[dict[str, Any]]] = records) -> Iterator[np.ndarray]:
                 for n in indices:
-                    yield library.carry_over(chosen[n], query, n)
+                    prob_kss = np.zeros((len(class_values), query.frames.size, query.frames.size), np.float32)
+                    for p, pool in enumerate(pools):
+                        best = ranked[p][n][rank]
+                        scores = _carry_over(candidates, best, pool, query, n, backend, prob_kss)
+                        natural = metric.natural(best.distance)
+                        records[p].append({**candidates.describe(best.candidate), metric.name: natural, **scores})
+                    yield prob_kss
 
             yield Member(
                 name=f"match:{rank}",
                 prob_kzyx=query.frames.to_volume(maps()),
-                record={"rank": rank, "metric": self._metric.name, "slices": [library.describe(c) for c in chosen]},
+                record={
+                    "rank": rank,
+                    "metric": metric.name,
+                    "absent_in_all_supports": absent,
+                    "pools": [
+                        {
+                            "classes": [class_values[k] for k in pool.classes],
+                            "candidates": pool.size,
+                            "slices": records[p],
+                        }
+                        for p, pool in enumerate(pools)
+                    ],
+                },
             )
 
+    def _loaded_metric(self) -> Metric:
+        if self._metric is None:
+            self._metric = make_metric(self._options.metric, self._options.lpips_weights)
+        return self._metric
 
-class _Library:
-    """Hold the support slices of one set of supports, and their variants once they were asked for."""
+    def _library(
+        self, supports: Sequence[Support], class_values: tuple[int, ...], metric: Metric, backend: Sam2Backend
+    ) -> tuple[Candidates, Ranking]:
+        # The candidates hold the supports, so that their ids cannot be taken over by others.
+        key = (class_values, *(id(support) for support in supports))
+        if self._kept is None or self._kept[0] != key:
+            options = self._options
+            candidates = Candidates(
+                supports, class_values, options.augment_options(), options.augmentation_seed, backend
+            )
+            self._kept = (key, candidates, Ranking(candidates, metric, backend))
+        return self._kept[1], self._kept[2]
 
-    def __init__(
-        self,
-        supports: Sequence[Support],
-        class_values: tuple[int, ...],
-        metric: Metric,
-        options: MatchOptions,
-        backend: Sam2Backend,
-    ) -> None:
-        self._supports = list(supports)
-        self._class_values = class_values
-        self._metric = metric
-        self._options = options
-        self._backend = backend
-        self._origin = [(s, n) for s, support in enumerate(self._supports) for n in range(len(support.frames))]
-        self._vectors_nf = np.concatenate(
-            [metric.describe(s.frames, s.embeddings, range(len(s.frames))) for s in self._supports]
-        )
-        self._variant_vectors: dict[tuple[int, int], np.ndarray] = {}
-        self._masks: dict[int, list[np.ndarray]] = {}
+    def _pools(self, candidates: Candidates, slices: int) -> list[Pool]:
+        options = self._options
+        cases = ", ".join(support.case_id for support in candidates.supports)
+        if not any(candidates.model_masks(s).any() for s in range(len(candidates.supports))):
+            raise InputError(
+                f"no slice of the supports ({cases}) shows a class at model size "
+                f"{candidates.supports[0].frames.size}; give other supports or a larger --image-size"
+            )
+        if options.support_set == "slice":
+            pools = single_slice_pools(candidates, variants=options.augmentations * slices)
+        else:
+            shortlist = max(options.shortlist, options.matches)
+            pools = [volume_pool(candidates, variants=options.augmentations, shortlist=shortlist)]
+        fewest = min(pool.size for pool in pools)
+        if fewest < options.matches:
+            raise InputError(
+                f"matches={options.matches}: the supports ({cases}) offer {fewest} candidates to a slice; use "
+                f"--set matches={fewest}, more augmentations or more supports"
+            )
+        return pools
 
-    def rank(self, vector_f: np.ndarray) -> list[_Candidate]:
-        """Return short-listed slices and their variants, the most similar first; ties in the supports' order."""
-        distance_n = squared_distances(vector_f, self._vectors_nf)
-        shortlist = np.argsort(distance_n, kind="stable")[: max(self._options.shortlist, self._options.matches)]
-        found = []
-        for number in shortlist:
-            s, n = self._origin[number]
-            found.append(_Candidate(support=s, index=n, variant=None, distance=float(distance_n[number])))
-            if self._options.augmentations:
-                for v, distance in enumerate(squared_distances(vector_f, self._vectors_of_variants(s, n))):
-                    found.append(_Candidate(support=s, index=n, variant=v, distance=float(distance)))
-        return sorted(found, key=lambda c: c.distance)
 
-    def carry_over(self, candidate: _Candidate, query: Query, n: int) -> np.ndarray:
-        """Carry the candidate's masks to query slice ``n`` in a two-frame clip; (K, S, S) probabilities.
+def _carry_over(
+    candidates: Candidates,
+    best: Ranked,
+    pool: Pool,
+    query: Query,
+    n: int,
+    backend: Sam2Backend,
+    prob_kss: np.ndarray,
+) -> dict[str, Any]:
+    """Put into ``prob_kss`` what a two-frame clip makes of the candidate's masks, and return the classes' scores.
 
-        Classes whose mask is empty are never sent and come out as zero.
-        """
-        size = query.frames.size
-        prob_kss = np.zeros((len(self._class_values), size, size), np.float32)
-        masks_kss = self._masks_of(candidate)
-        shown = np.flatnonzero(masks_kss.any(axis=(1, 2)))
-        if len(shown):
-            clip = [(self._embeddings_of(candidate), self._frame_of(candidate)), (query.embeddings, n)]
-            (answer,) = self._backend.propagate(clip, {0: masks_kss[shown]})
-            prob_kss[shown] = torch.sigmoid(answer.logits_kss.float()).cpu().numpy()
-        return prob_kss
-
-    def describe(self, candidate: _Candidate) -> dict[str, Any]:
-        """Return a candidate as a JSON value; classes that are on the slice but vanish at model size are named."""
-        support = self._supports[candidate.support]
-        values = np.unique(support.frames.slices_first(support.label_zyx)[candidate.index])
-        sent = [bool(mask_ss.any()) for mask_ss in self._masks_of(candidate)]
-        vanished = [v for k, v in enumerate(self._class_values) if v in values and not sent[k]]
-        variant = None
-        if candidate.variant is not None:
-            variant = asdict(self._variant(candidate.support, candidate.index, candidate.variant))
-        return {
-            "support": support.case_id,
-            "slice": candidate.index,
-            "variant": variant,
-            "distance": candidate.distance,
-            "vanished_classes": vanished,
+    Classes whose mask is empty are never sent and stay zero.
+    """
+    masks_kss = candidates.masks(best.candidate)
+    shown = [k for k in pool.classes if masks_kss[k].any()]
+    if not shown:
+        return {"classes": {}}
+    clip = [candidates.frame(best.candidate), (query.embeddings, n)]
+    (answer,) = backend.propagate(clip, {0: masks_kss[shown]})
+    prob_kss[shown] = torch.sigmoid(answer.logits_kss.float()).cpu().numpy()
+    scores = zip(shown, answer.iou_k.tolist(), answer.object_score_k.tolist(), strict=True)
+    return {
+        "classes": {
+            str(candidates.class_values[k]): {"iou": round(iou, 3), "object_score": round(score, 2)}
+            for k, iou, score in scores
         }
-
-    def _variant(self, s: int, n: int, v: int) -> Augmentation:
-        case_number = int.from_bytes(self._supports[s].case_id.encode(), "big")
-        rng = np.random.default_rng([self._options.augmentation_seed, case_number, n, v])
-        return draw_augmentation(self._options.augment_options(), rng)
-
-    def _vectors_of_variants(self, s: int, n: int) -> np.ndarray:
-        if (s, n) not in self._variant_vectors:
-            image_3ss = self._supports[s].frames.image(n)
-            self._variant_vectors[s, n] = np.stack(
-                [
-                    self._metric.describe_image(augment_image(image_3ss, self._variant(s, n, v)), self._backend)
-                    for v in range(self._options.augmentations)
-                ]
-            )
-        return self._variant_vectors[s, n]
-
-    def _masks_of(self, candidate: _Candidate) -> np.ndarray:
-        s = candidate.support
-        if s not in self._masks:
-            support = self._supports[s]
-            masks_k = [support.frames.masks_to_model(support.label_zyx == value) for value in self._class_values]
-            self._masks[s] = list(np.stack(masks_k, axis=1))
-        masks_kss: np.ndarray = self._masks[s][candidate.index]
-        if candidate.variant is not None:
-            return augment_masks(masks_kss, self._variant(s, candidate.index, candidate.variant))
-        return masks_kss
-
-    def _embeddings_of(self, candidate: _Candidate) -> Embeddings:
-        support = self._supports[candidate.support]
-        if candidate.variant is None:
-            return support.embeddings
-        variant = self._variant(candidate.support, candidate.index, candidate.variant)
-        image_3ss = augment_image(support.frames.image(candidate.index), variant)
-        return self._backend.embed(Frames.from_images(image_3ss[None]))
-
-    def _frame_of(self, candidate: _Candidate) -> int:
-        return candidate.index if candidate.variant is None else 0
+    }

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.nn.functional import affine_grid, grid_sample
 
+_HALF_CIRCLE = 0.5
+
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentOptions:
@@ -28,6 +30,8 @@ class AugmentOptions:
     saturation: float = 0.2
     """Without effect on grey images."""
     gamma: float = 0.2
+    hue: float = 0.0
+    """As a part of the colour circle; without effect on grey images."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -35,6 +39,8 @@ class AugmentOptions:
                 raise ValueError(f"{name}={value} must be a number not below 0")
         if max(self.scale, self.contrast, self.saturation, self.gamma) >= 1:
             raise ValueError("scale, contrast, saturation and gamma must lie below 1")
+        if self.hue > _HALF_CIRCLE:
+            raise ValueError(f"hue={self.hue} must not exceed {_HALF_CIRCLE}: half the colour circle is all of it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,7 @@ class Augmentation:
     contrast: float
     saturation: float
     gamma: float
+    hue: float = 0.0
 
     def matrix(self) -> np.ndarray:
         """Return the 2 x 3 map from places in the variant to places in the original, in -1 to 1, (x, y)."""
@@ -74,6 +81,8 @@ def draw_augmentation(options: AugmentOptions, rng: np.random.Generator) -> Augm
         contrast=1.0 + within(options.contrast),
         saturation=1.0 + within(options.saturation),
         gamma=1.0 + within(options.gamma),
+        # Drawn last and only where asked for, so that it changes no other draw.
+        hue=within(options.hue) if options.hue else 0.0,
     )
 
 
@@ -82,7 +91,10 @@ def augment_image(image_3ss: np.ndarray, variant: Augmentation) -> np.ndarray:
     warped = _warp(image_3ss.astype(np.float32), variant, mode="bilinear")
     grey_ss = warped.mean(axis=0, keepdims=True)
     coloured = grey_ss + variant.saturation * (warped - grey_ss)
-    coloured = np.clip(coloured, 0.0, 1.0) ** np.float32(variant.gamma)
+    coloured = np.clip(coloured, 0.0, 1.0)
+    if variant.hue:
+        coloured = _turned(coloured, variant.hue)
+    coloured = coloured ** np.float32(variant.gamma)
     mean = float(coloured.mean())
     return np.asarray(np.clip(mean + variant.contrast * (coloured - mean) + variant.brightness, 0.0, 1.0), np.float32)
 
@@ -90,6 +102,12 @@ def augment_image(image_3ss: np.ndarray, variant: Augmentation) -> np.ndarray:
 def augment_masks(masks_kss: np.ndarray, variant: Augmentation) -> np.ndarray:
     """Apply the affine map to boolean masks (K, S, S); no colour touches them."""
     return _warp(masks_kss.astype(np.float32), variant, mode="bilinear") >= 0.5
+
+
+def _turned(image_3ss: np.ndarray, hue: float) -> np.ndarray:
+    from torchvision.transforms.v2.functional import adjust_hue
+
+    return np.asarray(adjust_hue(torch.from_numpy(image_3ss), hue).numpy())
 
 
 def _warp(planes_kss: np.ndarray, variant: Augmentation, *, mode: str) -> np.ndarray:
