@@ -111,6 +111,17 @@ class Frames:
             windows=[(0.0, 1.0)] * 3,
         )
 
+    def along(self, slice_axis: int) -> Frames:
+        """Return the same volume sliced along another axis, with the same intensity windows."""
+        return Frames(
+            array_czyx=np.moveaxis(self._array_cnhw, 1, self.slice_axis + 1),
+            geometry=self.geometry,
+            size=self.size,
+            slice_axis=slice_axis,
+            channels=self.channels,
+            windows=self.windows,
+        )
+
     def __len__(self) -> int:
         return int(self._array_cnhw.shape[1])
 
@@ -233,6 +244,17 @@ def choose_slice_axis(geometry: Geometry) -> int:
     largest = int(np.argmax(spacing))
     others = max(s for axis, s in enumerate(spacing) if axis != largest)
     return largest if spacing[largest] > ANISOTROPY_THRESHOLD * others else 0
+
+
+def view_axes(geometry: Geometry, slice_axis: int, *, least_slices: int = 16) -> tuple[int, ...]:
+    """Return the axes along which a volume's slices show it about as finely as along ``slice_axis``, that one first.
+
+    Across a clearly larger spacing slices are stretched and say little; a thin slab has too few.
+    """
+    spacing, shape = geometry.spacing_zyx_mm, geometry.shape_zyx
+    if min(shape) < least_slices or max(spacing) > ANISOTROPY_THRESHOLD * min(spacing):
+        return (slice_axis,)
+    return (slice_axis, *(axis for axis in range(3) if axis != slice_axis))
 
 
 def intensity_window(array_zyx: np.ndarray, lower_percentile: float, upper_percentile: float) -> tuple[float, float]:

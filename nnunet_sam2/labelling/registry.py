@@ -18,6 +18,7 @@ STRATEGIES: dict[str, tuple[str, str, str]] = {
     "insert": ("nnunet_sam2.labelling.insert", "Insert", "InsertOptions"),
     "match": ("nnunet_sam2.labelling.match", "Match", "MatchOptions"),
     "guided": ("nnunet_sam2.labelling.guided", "Guided", "GuidedOptions"),
+    "auto": ("nnunet_sam2.labelling.auto", "Auto", "AutoOptions"),
     "transfer": ("nnunet_sam2.labelling.transfer", "Transfer", "TransferOptions"),
     "refine": ("nnunet_sam2.labelling.refine", "Refine", "RefineOptions"),
     "chain": ("nnunet_sam2.labelling.chain", "Chain", "ChainOptions"),
