@@ -50,8 +50,8 @@ class InsertOptions:
     """``la_to_un``: support slices into the query; ``un_to_la``: the query into the support; ``switch``: half of the
     labelled slices and a run of the query change places; ``chunk``: each stretch of the query takes a place in the
     support."""
-    supports: int | None = None
-    """How many supports to use, the most similar ones first; none means all."""
+    supports: int | None = 4
+    """How many supports to use, the most similar ones first; none means all, with time growing by their number."""
     insertions: int | None = None
     """Places for each support; one member comes of each. None: 3, or as many as there are."""
     positions: str = "matched"
