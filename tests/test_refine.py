@@ -174,15 +174,16 @@ def _start(case: Support) -> Member:
 def test_a_cases_own_label_has_no_say_in_its_redrawing(
     cases: list[Support], values: tuple[int, ...], backend: MetaSam2Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend, "decode", _Asked(cases, values, wrong=True))
-    strategy = Refine(RefineOptions(check_slices=2))
+    monkeypatch.setattr(backend, "decode", _Asked(cases, values))
+    strategy = Refine(RefineOptions(check_slices=4))
     others = [dataclasses.replace(case, student_prob_czyx=None) for case in cases[1:]]
     strategy.prepare([cases[0], *others], values, backend)
     own = _member(strategy, cases[0].as_query(), others, values, backend).record
     assert own["unchecked"]
-    assert set(own["choice"].values()) == {"two passes"}
+    assert set(own["choice"].values()) == {"before"}
     other = _member(strategy, cases[1].as_query(), [cases[0], others[1]], values, backend).record
-    assert set(other["choice"].values()) == {"before"}
+    assert not other["unchecked"]
+    assert other["choice"][str(values[0])] != "before"
 
 
 def test_a_class_that_the_student_misses_comes_back_from_the_supports(

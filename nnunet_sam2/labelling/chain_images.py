@@ -74,7 +74,7 @@ def ready_image(
         for channel_ss in image_3ss:
             channel_ss[others_ss] = np.median(channel_ss[outside_ss]) if outside_ss.any() else 0.0
         record["removed_share_of_image"] = round(float(others_ss.mean()), 4)
-    flipped = laterality and float(np.flatnonzero(subject_ss.any(axis=0)).size) > 0 and _lies_right(subject_ss)
+    flipped = laterality and _lies_right(subject_ss)
     if flipped:
         image_3ss, subject_ss = (np.ascontiguousarray(array[..., ::-1]) for array in (image_3ss, subject_ss))
         point_xy = np.array([size - point_xy[0], point_xy[1]], np.float32)

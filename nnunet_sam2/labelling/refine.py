@@ -53,7 +53,7 @@ class RefineOptions:
     """``paper``: the prompts that Keuth et al. (ADSMI 2024) report as their best."""
 
     accept: str = "checked"
-    """``checked``: classes that gain by it on labelled cases are redrawn (all, where nothing can be checked);
+    """``checked``: classes that gain by it on labelled cases are redrawn, none where nothing can be checked;
     ``always``: all are, as published."""
     component: str = "auto"
     """Which 3D components of a class prompt: ``confident``, the one with the highest mean probability; ``all``;
@@ -184,7 +184,7 @@ class Refine:
     def _choices(
         self, rows: Mapping[str, Mapping[str, DiceTable]], class_values: tuple[int, ...], case_id: str
     ) -> dict[int, str]:
-        if self._options.accept == "always" or not set(rows) - {case_id}:
+        if self._options.accept == "always":
             return dict.fromkeys(class_values, _TWO_PASSES)
         return best_choices(rows, class_values, default=_BEFORE, without=case_id, least_gain=self._options.least_gain)
 
