@@ -43,6 +43,8 @@ def test_label_writes_all_unlabelled_cases_and_checks_the_supports(
         (["--supports", "nobody"], "no case nobody"),
         (["--strategy", "prompted"], "needs the student"),
         (["--cases", "nobody"], "no case nobody"),
+        (["--strategy", "insert", "--set", "insertions=99"], "has 12 slices, and insertions=99"),
+        (["--strategy", "match", "--set", "metric=lpips", "--set", "lpips_weights=/no/file"], "does not exist"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(

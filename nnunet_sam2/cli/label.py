@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from nnunet_sam2.labelling.registry import STRATEGIES, make_strategy, parse_settings
@@ -56,10 +57,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-dir", type=Path, help="embeddings (default: $nnUNet_results/DATASET/nnunet_sam2/embeddings)"
     )
+    parser.add_argument(
+        "--explain",
+        metavar="CASE",
+        help="label nothing; say which supports, prompts and members made the case's labels in OUT, a label folder or "
+        "a run's (default: in all of the dataset)",
+    )
+    parser.add_argument("--json", action="store_true", help="with --explain: print the records as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Label and say where everything lies."""
+    """Label and say where everything lies, or explain the label of one case."""
+    if args.explain is not None:
+        return _explain(args)
     from nnunet_sam2.cohort.cohort import Cohort
     from nnunet_sam2.errors import InputError
     from nnunet_sam2.folders import find_dataset
@@ -109,4 +119,18 @@ def run(args: argparse.Namespace) -> int:
     if empty:
         say(f"nothing was found in {len(empty)} of {len(records)} cases: {', '.join(empty[:10])}")
     say(f"labelled {len(records)} cases from {len(supports)} supports: {out}")
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from nnunet_sam2.cohort.cohort import Cohort
+    from nnunet_sam2.folders import find_dataset
+    from nnunet_sam2.labelling.explain import as_text, find_case
+
+    folders = find_dataset(args.dataset)
+    cohort = Cohort.load(folders.raw)
+    found = find_case(
+        cohort, args.explain, args.out or folders.results / "nnunet_sam2", dataset=str(folders.dataset_id)
+    )
+    print(json.dumps(found.to_json(), indent=1, ensure_ascii=False) if args.json else as_text(found, cohort))
     return 0

@@ -7,6 +7,9 @@ from pathlib import Path
 MEMBERS = "members"
 """Folder of the records beside the labels."""
 
+ROUND_FILE = "round.json"
+"""Record of the labels that a round of a run fused."""
+
 _DEPTH = 4
 """Folders between a dataset's results and its deepest labels: run, sam2, unlabelled, and one to spare."""
 
@@ -22,3 +25,8 @@ def find_records(folder: Path, case_id: str) -> list[Path]:
     # Compared as text: a case id may hold what a pattern takes for a wildcard.
     named = [path for path in found if path.name == f"{case_id}.json"]
     return sorted(named, key=lambda path: (path.stat().st_mtime, path))
+
+
+def find_rounds(folder: Path) -> list[Path]:
+    """Find the records of fused labels (``round.json``) in a run's folder or the folder of all runs, by name."""
+    return sorted(path for depth in range(_DEPTH) for path in folder.glob(f"{'*/' * depth}{ROUND_FILE}"))
