@@ -11,7 +11,7 @@ import pytest
 from anisotropic_data import LABELS, Dataset
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.rounds import nnunet_cases
+from nnunet_sam2.rounds.nnunet import cases as nnunet_cases
 from nnunet_sam2.rounds.nnunet.cases import (
     IMAGE,
     Preprocessing,

@@ -11,7 +11,7 @@ import pytest
 from anisotropic_data import Dataset, small_round
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.rounds import nnunet_plan
+from nnunet_sam2.rounds.nnunet import plan as nnunet_plan
 from nnunet_sam2.rounds.nnunet import plan_and_preprocess, read_plans, write_splits
 from nnunet_sam2.storage import file_hash, read_json, write_json
 from nnunet_sam2.volumes import read_label, write_label

@@ -15,7 +15,6 @@ import pytest
 from anisotropic_data import DATASET, Dataset
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.rounds import nnunet_predict, nnunet_train
 from nnunet_sam2.rounds.nnunet import (
     export_model,
     final_checkpoint,
@@ -25,6 +24,8 @@ from nnunet_sam2.rounds.nnunet import (
     read_validation,
     train,
 )
+from nnunet_sam2.rounds.nnunet import predict as nnunet_predict
+from nnunet_sam2.rounds.nnunet import train as nnunet_train
 from nnunet_sam2.rounds.nnunet.export import stock_plans_of
 from nnunet_sam2.rounds.nnunet.predict_worker import class_probabilities
 from nnunet_sam2.storage import file_hash, read_json, write_json
