@@ -1,7 +1,7 @@
 """Collect what trainings of the embedded SAM 2 have logged and write the model card's tables from it.
 
 ``python scripts/embedded_card.py --run NAME=FOLDER ...`` adds folders of train_embedded_sam2.py to
-docs/benchmarks/embedded_training.json (a name again replaces its entry) and rewrites docs/embedded_model.md.
+docs/benchmarks/embedded_training.json and rewrites docs/embedded_model.md. A name may come twice, with a folder a stage.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
         found = {stage: entry for stage in STAGES if (entry := collect(Path(folder), stage))}
         if not found:
             raise SystemExit(f"{folder} holds no training of the embedded SAM 2 (features.pt or memory.pt)")
-        results[name] = found
+        results.setdefault(name, {}).update(found)
     write_json(RESULTS, results)
     for stage, table in (("features", features_table(results)), ("memory", memory_table(results))):
         replace_marked(CARD, stage, table)
