@@ -1,7 +1,8 @@
 """Collect what trainings of the embedded SAM 2 have logged and write the model card's tables from it.
 
 ``python scripts/embedded_card.py --run NAME=FOLDER ...`` adds folders of train_embedded_sam2.py to
-docs/benchmarks/embedded_training.json and rewrites docs/embedded_model.md. A name may come twice, with a folder a stage.
+docs/benchmarks/embedded_training.json and rewrites docs/embedded_model.md. A name may come
+twice, with a folder a stage.
 """
 
 from __future__ import annotations
