@@ -16,7 +16,7 @@ from nnunet_sam2.errors import InputError
 from nnunet_sam2.frames import resize
 from nnunet_sam2.labelling.fusion import COMPONENTS, GIVEN, FusionOptions
 from nnunet_sam2.labelling.insert_plans import LEAST_TO_SWITCH, MODES, Asked, Pair, Plan
-from nnunet_sam2.labelling.insert_sources import InsertSource, most_similar
+from nnunet_sam2.labelling.insert_sources import InsertSource, InsertSources
 from nnunet_sam2.labelling.insert_videos import QUERY
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.memory import slice_descriptors
@@ -102,6 +102,7 @@ class Insert:
 
     def __init__(self, options: InsertOptions | None = None) -> None:
         self._options = options or InsertOptions()
+        self._sources = InsertSources(limit=self._options.prompted_slices, whole=self._options.whole_support)
 
     @property
     def options(self) -> InsertOptions:
@@ -137,8 +138,8 @@ class Insert:
         options = self._options
         query_nf = slice_descriptors(query.embeddings).numpy()
         sources = [
-            InsertSource(support, class_values, limit=options.prompted_slices, whole=options.whole_support)
-            for support in most_similar(query_nf, supports, options.supports)
+            self._sources.source(support, class_values)
+            for support in self._sources.most_similar(query_nf, supports, options.supports)
         ]
         lenders = {value: self._lenders(value, sources) for value in class_values}
         if not any(lenders.values()):

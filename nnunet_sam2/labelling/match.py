@@ -213,7 +213,7 @@ class Match:
     def _pools(self, candidates: Candidates, slices: int) -> list[Pool]:
         options = self._options
         cases = ", ".join(support.case_id for support in candidates.supports)
-        if not any(candidates.model_masks(s).any() for s in range(len(candidates.supports))):
+        if not any(candidates.areas(s).any() for s in range(len(candidates.supports))):
             raise InputError(
                 f"no slice of the supports ({cases}) shows a class at model size "
                 f"{candidates.supports[0].frames.size}; give other supports or a larger --image-size"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_sam2.frames import Frames
+from nnunet_sam2.frames import MASK_THRESHOLD, Frames, resize
 from nnunet_sam2.sam2.protocol import Embeddings, Sam2Backend
 from nnunet_sam2.support.augment import Augmentation, AugmentOptions, augment_image, augment_masks, draw_augmentation
 from nnunet_sam2.support.cases import Support
@@ -44,7 +44,7 @@ class Candidates:
         self._augment = augment
         self._seed = seed
         self._backend = backend
-        self._masks: dict[int, np.ndarray] = {}
+        self._areas: dict[int, np.ndarray] = {}
 
     def image(self, candidate: Candidate) -> np.ndarray:
         """Return the image, (3, S, S)."""
@@ -53,7 +53,10 @@ class Candidates:
 
     def masks(self, candidate: Candidate) -> np.ndarray:
         """Return the masks of all classes, (K, S, S) bool."""
-        masks_kss: np.ndarray = self.model_masks(candidate.support)[candidate.index]
+        support = self.supports[candidate.support]
+        label_hw = support.frames.slices_first(support.label_zyx)[candidate.index]
+        planes_khw = np.stack([label_hw == value for value in self.class_values]).astype(np.float32)
+        masks_kss = resize(planes_khw, (support.frames.size,) * 2) >= MASK_THRESHOLD
         return masks_kss if candidate.variant is None else augment_masks(masks_kss, self._drawn(candidate))
 
     def frame(self, candidate: Candidate) -> tuple[Embeddings, int]:
@@ -62,13 +65,14 @@ class Candidates:
             return self.supports[candidate.support].embeddings, candidate.index
         return self._backend.embed(Frames.from_images(self.image(candidate)[None])), 0
 
-    def model_masks(self, support: int) -> np.ndarray:
-        """Return a support's masks at model size, (M, K, S, S) bool for its M slices."""
-        if support not in self._masks:
+    def areas(self, support: int) -> np.ndarray:
+        """Return how many pixels at model size each class covers on each of a support's M slices, (M, K)."""
+        if support not in self._areas:
             case = self.supports[support]
-            masks = [case.frames.masks_to_model(case.label_zyx == value) for value in self.class_values]
-            self._masks[support] = np.stack(masks, axis=1)
-        return self._masks[support]
+            self._areas[support] = np.stack(
+                [case.frames.masks_to_model(case.label_zyx == v).sum(axis=(1, 2)) for v in self.class_values], axis=1
+            )
+        return self._areas[support]
 
     def describe(self, candidate: Candidate) -> dict[str, Any]:
         """Return a candidate as a JSON value; classes that are on the slice but vanish at model size are named."""

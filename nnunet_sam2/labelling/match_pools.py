@@ -114,7 +114,7 @@ def volume_pool(candidates: Candidates, *, variants: int, shortlist: int) -> Poo
     """
     everything, sure = [], []
     for s, support in enumerate(candidates.supports):
-        judged_n, shows_n = judged_part(support), np.asarray(candidates.model_masks(s).any(axis=(1, 2, 3)))
+        judged_n, shows_n = judged_part(support), np.asarray(candidates.areas(s).any(axis=1))
         for n in range(len(support.frames)):
             if shows_n[n] or judged_n[n] >= LEAST_JUDGED:
                 everything.append((s, n))
@@ -138,7 +138,7 @@ def single_slice_pools(candidates: Candidates, *, variants: int) -> list[Pool]:
     pools = []
     for k in range(len(candidates.class_values)):
         for s, support in enumerate(candidates.supports):
-            area_n = candidates.model_masks(s)[:, k].sum(axis=(1, 2))
+            area_n = candidates.areas(s)[:, k]
             if area_n.any():
                 sure_n = area_n * (judged_part(support) == 1.0)
                 best = int(np.argmax(sure_n if sure_n.any() else area_n))
@@ -158,7 +158,7 @@ def judged_part(support: Support) -> np.ndarray:
 def _classes_shown(candidates: Candidates, origin: Sequence[tuple[int, int]]) -> np.ndarray:
     shown_k = np.zeros(len(candidates.class_values), bool)
     for s, n in origin:
-        shown_k |= candidates.model_masks(s)[n].any(axis=(1, 2))
+        shown_k |= candidates.areas(s)[n] > 0
     return shown_k
 
 
