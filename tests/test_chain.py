@@ -17,6 +17,7 @@ from nnunet_sam2.cohort.convert import ConvertOptions, convert
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders, new_dataset_folders
 from nnunet_sam2.geometry import Geometry
+from nnunet_sam2.labelling import chain_labels
 from nnunet_sam2.labelling.adapt import TrainingOptions
 from nnunet_sam2.labelling.chain import Chain, ChainOptions
 from nnunet_sam2.labelling.chain_training import Example, core_places, image_examples, train_decoder
@@ -122,13 +123,33 @@ def test_labelled_images_choose_the_way_and_never_for_themselves(
     strategy = Chain(ChainOptions(**QUICK))
     strategy.prepare_cohort(_queries(breasts), breasts[:2], (1,), backend)
     strategy._rows = {
-        "m0": {"point": {1: 0.95}, "chain": {1: 0.5}, "trained": {1: 0.6}},
-        "m1": {"point": {1: 0.4}, "chain": {1: 0.8}, "trained": {1: 0.6}},
+        "m0": {"subject": {1: 0.5}, "point": {1: 0.95}, "chain": {1: 0.5}, "trained": {1: 0.6}},
+        "m1": {"subject": {1: 0.5}, "point": {1: 0.4}, "chain": {1: 0.8}, "trained": {1: 0.6}},
     }
     chosen = {c.case_id: _member(strategy, c.as_query(), breasts[:2], (1,), backend).record["choice"] for c in breasts}
     assert chosen["m0"] == {"1": "chain"}
     assert chosen["m1"] == {"1": "point"}
     assert chosen["m2"] == {"1": "point"}
+
+
+def test_masks_that_nobody_can_trust_teach_nothing(
+    breasts: list[Support], backend: MetaSam2Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = torch.zeros(1, SIZE // 4, SIZE // 4)
+    nothing[0, 0, 0] = 1.0
+    monkeypatch.setattr(chain_labels, "masks_from_points", lambda backend, image: nothing)
+    strategy = Chain(ChainOptions(propagate=False, **QUICK))
+    prepared = strategy.prepare_cohort(_queries(breasts), breasts[:3], (1,), backend)
+    assert set(prepared["check"]["m0"]) == {"subject", "point", "chain"}
+    member = _member(strategy, breasts[4].as_query(), breasts[:3], (1,), backend)
+    assert member.record["self_training"] is None
+    assert member.record["choice"] == {"1": "subject"}
+    label = (member.prob_kzyx[0] > 0.5).astype(np.uint8)
+    assert (dice_by_class(label, breasts[4].label_zyx, (1,))[1] or 0) > 0.9
+    strategy = Chain(ChainOptions(propagate=False, self_training="always", **QUICK))
+    with pytest.raises(InputError, match="no mask could be trusted"):
+        strategy.prepare_cohort(_queries(breasts), [], (1,), backend)
+        _member(strategy, breasts[4].as_query(), [], (1,), backend)
 
 
 def test_masks_are_carried_from_both_sides_to_every_image_without_a_prompt(

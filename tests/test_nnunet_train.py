@@ -25,7 +25,7 @@ from nnunet_sam2.rounds.nnunet import (
     train,
 )
 from nnunet_sam2.rounds.nnunet import predict as nnunet_predict
-from nnunet_sam2.rounds.nnunet import train as nnunet_train
+from nnunet_sam2.rounds.nnunet import training as nnunet_train
 from nnunet_sam2.rounds.nnunet.export import stock_plans_of
 from nnunet_sam2.rounds.nnunet.predict_worker import class_probabilities
 from nnunet_sam2.storage import file_hash, read_json, write_json

@@ -21,8 +21,9 @@ from nnunet_sam2.labelling.slice_check import SliceDice, check_slices
 from nnunet_sam2.sam2.protocol import Sam2Backend
 from nnunet_sam2.support.cases import Query, Support
 
-POINT, CHAIN, TRAINED = "point", "chain", "trained"
-"""Ways to a mask: the image's own point alone, the masks of the chain, the trained decoder's answer to the point."""
+SUBJECT, POINT, CHAIN, TRAINED = "subject", "point", "chain", "trained"
+"""Ways to a mask: the thresholded subject (the classical answer, for comparison), the image's own point alone, the masks
+of the chain, the trained decoder's answer to the point."""
 
 _CHECKED_SLICES = 12
 
@@ -67,6 +68,8 @@ def answer(
     answers = {CHAIN: chain_khw}
     if POINT in ways and state.by_points:
         answers[POINT] = masks_from_points(backend, image)
+    if SUBJECT in ways and state.by_points:
+        answers[SUBJECT] = torch.from_numpy(image.subject_hw)[None].float()
     if TRAINED in ways and state.backend is not None:
         shown, points = _points(image, chain_khw, by_points=state.by_points)
         if not state.by_points:
@@ -88,7 +91,7 @@ def check_ways(
 ) -> dict[str, DiceTable]:
     """Return each way's Dice on a labelled case that the chain was not prompted with."""
     ways = [CHAIN]
-    ways += [POINT] if state.by_points else []
+    ways += [SUBJECT, POINT] if state.by_points else []
     ways += [TRAINED] if state.backend is not None else []
     scores = {way: SliceDice(class_values) for way in ways}
     query = support.as_query()

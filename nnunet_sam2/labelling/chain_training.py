@@ -27,7 +27,8 @@ _CORE_DEPTH = 0.5
 """Part of a mask's greatest depth from which on a pixel may serve as its point."""
 _BATCH = 4
 _FEWEST = 4
-"""Images that are learnt from in any case."""
+"""Images that are learnt from even where their trust is lower than asked for."""
+_LEAST_TRUST = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,13 +108,14 @@ def chain_examples(
 ) -> list[Example]:
     """Make examples of at most ``images`` trusted images, spread over the chain, and of varied copies of each.
 
-    Where fewer than four have ``least_trust``, the four most trusted ones with a mask are taken.
+    Where fewer than four have ``least_trust``, the four most trusted ones are taken, but none below a half.
     """
     size = backend.spec.image_size
     masks = [np.stack([cleaned(mask_hw) for mask_hw in (prob_khw > 0.5).numpy()]) for prob_khw in labels.probs]
     shown = [place for place, masks_khw in enumerate(masks) if masks_khw.any()]
     best = sorted(shown, key=lambda place: -labels.trust[place])[:_FEWEST]
-    trusted = [place for place in shown if labels.trust[place] >= least_trust or place in best]
+    lowest = min(least_trust, max(_LEAST_TRUST, min((labels.trust[place] for place in best), default=1.0)))
+    trusted = [place for place in shown if labels.trust[place] >= lowest]
     picked = np.linspace(0, len(trusted) - 1, min(len(trusted), images)).round().astype(int)
     examples: list[Example] = []
     for place in (trusted[i] for i in dict.fromkeys(picked.tolist())):
@@ -137,7 +139,9 @@ def train_decoder(
     passes. (So do the decoder's two projections of fine features, whose outputs are stored.)
     """
     if not examples:
-        raise InputError("the mask decoder has nothing to learn from: no mask was found that could be trusted")
+        raise InputError(
+            "the mask decoder has nothing to learn from: no mask could be trusted; try --set self_training=off"
+        )
     sam = TrainableSam2(backend)
     parameters = sam.train_decoder_only()
     rng = np.random.default_rng([options.seed, 2])

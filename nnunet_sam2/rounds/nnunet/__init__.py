@@ -25,7 +25,7 @@ from nnunet_sam2.rounds.nnunet.export import export_model
 from nnunet_sam2.rounds.nnunet.light import light_configuration, light_settings
 from nnunet_sam2.rounds.nnunet.plan import plan_and_preprocess, write_splits
 from nnunet_sam2.rounds.nnunet.predict import predict_cases
-from nnunet_sam2.rounds.nnunet.train import read_validation, train
+from nnunet_sam2.rounds.nnunet.training import read_validation, train
 
 __all__ = [
     "PLANS",
