@@ -56,8 +56,8 @@ class ChainOptions:
     anchors: int = 3
     """Images that prompt the chain with the masks of their points."""
     self_training: str = "checked"
-    """``checked``: the way to the mask (thresholded subject, point, chain, trained decoder) that labelled images favour,
-    the trained decoder where nothing can be checked; ``always``: the trained decoder; ``off``: the chain."""
+    """``checked``: the way to the mask (thresholded subject, point, chain, trained decoder) that labelled images
+    favour, the trained decoder where nothing can be checked; ``always``: the trained decoder; ``off``: the chain."""
     training_images: int = 64
     """Images, spread over the chain, that the decoder learns from."""
     variants: int = 1

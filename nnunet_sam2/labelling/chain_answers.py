@@ -22,8 +22,8 @@ from nnunet_sam2.sam2.protocol import Sam2Backend
 from nnunet_sam2.support.cases import Query, Support
 
 SUBJECT, POINT, CHAIN, TRAINED = "subject", "point", "chain", "trained"
-"""Ways to a mask: the thresholded subject (the classical answer, for comparison), the image's own point alone, the masks
-of the chain, the trained decoder's answer to the point."""
+"""Ways to a mask: the thresholded subject (the classical answer, for comparison), the image's own point alone, the
+masks of the chain, the trained decoder's answer to the point."""
 
 _CHECKED_SLICES = 12
 
