@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nnunet_sam2.cohort.cohort import HIDDEN_LABELS
 from nnunet_sam2.folders import VARIABLES, DatasetFolders
+from nnunet_sam2.labelling.leave_one_out import dice_by_class
 from nnunet_sam2.storage import read_json
 from nnunet_sam2.volumes import read_label
 
@@ -53,7 +55,7 @@ def test_the_wheel_holds_weights_configurations_and_the_trainers_shim(wheel: Pat
 
 
 def test_the_installed_wheel_labels_a_cohort_without_a_network(
-    wheel: Path, fresh_dataset: DatasetFolders, tmp_path: Path
+    wheel: Path, generated_folder: Path, fresh_dataset: DatasetFolders, tmp_path: Path
 ) -> None:
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps", "--no-index"]
@@ -69,8 +71,12 @@ def test_the_installed_wheel_labels_a_cohort_without_a_network(
     out = fresh_dataset.results / "nnunet_sam2" / "labels_transfer"
     labels = sorted(out.glob("*.nii.gz"))
     assert len(labels) == 2
+    dice = []
     for path in labels:
         label_zyx, _ = read_label(path)
         assert set(np.unique(label_zyx)) == {0, 1, 2}
+        truth_zyx, _ = read_label(generated_folder / HIDDEN_LABELS / path.name)
+        dice += dice_by_class(label_zyx, truth_zyx, (1, 2)).values()
         record = read_json(out / "members" / f"{path.name.removesuffix('.nii.gz')}.json")
         assert record["sam2"]["name"] == "embedded"
+    assert np.mean(dice) > 0.6
