@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="3D component to keep of each class; auto: the largest, of classes that are one piece in the supports",
     )
     parser.add_argument(
-        "--student", type=Path, metavar="FOLDER", help="probabilities CASE.npz of a trained network, for 'prompted'"
+        "--student", type=Path, metavar="FOLDER", help="probabilities CASE.npz of a trained network, for 'prompted' and 'refine'"
     )
     parser.add_argument("--image-size", type=int, help="SAM 2 input size in pixels (default: the checkpoint's)")
     parser.add_argument("--device", "-device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
