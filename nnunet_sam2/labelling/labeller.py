@@ -17,6 +17,10 @@ from nnunet_sam2.labelling.components import single_component_classes
 from nnunet_sam2.labelling.fusion import FusionOptions, fuse
 from nnunet_sam2.labelling.leave_one_out import dice_by_class
 from nnunet_sam2.labelling.member import PseudoLabel
+from nnunet_sam2.labelling.quality.calibration import Calibration
+from nnunet_sam2.labelling.quality.options import QualityOptions
+from nnunet_sam2.labelling.quality.probe import QualityProbe
+from nnunet_sam2.labelling.quality.record import calibration_of, quality_record, read_features
 from nnunet_sam2.labelling.records import record_path
 from nnunet_sam2.labelling.registry import options_json
 from nnunet_sam2.labelling.strategy import BringsFusion, Limits, Prepares, PreparesCohort, Strategy
@@ -34,6 +38,9 @@ from nnunet_sam2.volumes import write_label, write_map
 
 CONFIDENCE = "confidence"
 
+CALIBRATION = "calibration"
+"""Folder in a folder of labels: labelled cases that were labelled to calibrate the others' estimated quality."""
+
 _VERSION = 1
 """Raised when the same inputs give other labels than before, so that old ones are not taken for current."""
 
@@ -50,6 +57,9 @@ def label_cases(
     save_probabilities: bool = False,
     student_probabilities: Path | None = None,
     fusion: FusionOptions | None = None,
+    quality: QualityOptions | None = None,
+    calibration: Calibration | None = None,
+    calibrate_on: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Label the cases and return their records, in the order of ``case_ids``.
 
@@ -60,8 +70,14 @@ def label_cases(
     A case never supports itself: a labelled case is labelled from the other supports (leave-one-out), and its record
     then has ``dice_with_human_label``. A case whose record carries the same inputs and whose files are unchanged is not
     done again. Raises `InputError` before anything is written where something cannot work.
+
+    With ``quality`` the records also say how good each class is taken to be. The estimates follow ``calibration``;
+    ``calibrate_on`` names labelled cases to be labelled first, for the calibration of the others (in
+    ``OUT/calibration`` where they are not among ``case_ids``). With neither they are not calibrated, and say so. The
+    labelled cases that calibrate have no estimates of their own.
     """
-    _check(cohort, case_ids, support_ids, strategy, backend, student_probabilities)
+    asked = [*case_ids, *(case_id for case_id in calibrate_on if case_id not in set(case_ids))]
+    _check(cohort, asked, support_ids, strategy, backend, student_probabilities)
     job = _Job(
         cohort=cohort,
         support_ids=tuple(support_ids),
@@ -73,14 +89,21 @@ def label_cases(
         student_probabilities=student_probabilities,
         fusion=_fusion(strategy, fusion or FusionOptions()),
         slice_axis=cohort_slice_axis(cohort),
+        quality=quality,
+        calibration=None,
     )
-    keys = {case_id: job.input_key(cohort.case(case_id)) for case_id in case_ids}
-    records = {case_id: record for case_id, key in keys.items() if (record := job.finished(case_id, key)) is not None}
-    pending = [case_id for case_id in case_ids if case_id not in records]
-    if pending:
-        supports, prepared = job.prepare()
-        for case_id in track(pending, what=f"labelling ({strategy.name})", total=len(pending)):
-            records[case_id] = job.label(cohort.case(case_id), supports, prepared, keys[case_id])
+    ready = _Ready(job)
+    records = {}
+    if quality is not None and calibrate_on:
+        aside = dataclasses.replace(job, out=out / CALIBRATION, save_probabilities=False)
+        first = [case_id for case_id in case_ids if case_id in set(calibrate_on)]
+        records = _label_all(job, first, ready)
+        others = _label_all(aside, [case_id for case_id in calibrate_on if case_id not in records], ready)
+        calibration = calibration_of([*records.values(), *others.values()], cohort.class_values, quality)
+    if quality is not None and calibration is None:
+        calibration = Calibration(class_values=cohort.class_values, options=quality)
+    job = dataclasses.replace(job, calibration=calibration)
+    records |= _label_all(job, [case_id for case_id in case_ids if case_id not in records], ready)
     return [records[case_id] for case_id in case_ids]
 
 
@@ -124,14 +147,19 @@ class _Job:
     student_probabilities: Path | None
     fusion: FusionOptions
     slice_axis: int
+    quality: QualityOptions | None
+    calibration: Calibration | None
+    """None for the labelled cases that calibrate."""
 
     def input_key(self, case: Case) -> str:
         """Compute a hash of everything that the case's label depends on."""
         cohort = self.cohort
         # A strategy that looks at the whole cohort labels a case otherwise when another image changes.
-        others = {}
+        others: dict[str, Any] = {}
         if isinstance(self.strategy, PreparesCohort):
             others["cohort"] = [[c.case_id, c.voxel_hash] for c in _seen_cases(cohort)]
+        if self.quality is not None:
+            others["quality"] = self.quality.looked_at
         return value_hash(
             {
                 **others,
@@ -167,6 +195,16 @@ class _Job:
                 return None
         return record
 
+    def current(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Return the record with the estimates of this calibration, written anew where others stood in it."""
+        if self.quality is None:
+            return record
+        quality = quality_record(read_features(record), self.calibration)
+        if record["quality"] != quality:
+            record = {**record, "quality": quality}
+            write_json(record_path(self.out, record["case"]), record)
+        return record
+
     def prepare(self) -> tuple[list[Support], dict[str, Any] | None]:
         """Load the supports and let the strategy check on them what it wants to know."""
         supports = load_supports(
@@ -193,12 +231,10 @@ class _Job:
             student_probabilities=self._student_folder,
         )
 
-    def label(
-        self, case: Case, supports: Sequence[Support], prepared: dict[str, Any] | None, key: str
-    ) -> dict[str, Any]:
+    def label(self, case: Case, ready: _Ready, key: str) -> dict[str, Any]:
         """Label one case, write its files, the record last, and return the record."""
         values = self.cohort.class_values
-        query = self.load(case)
+        query, supports = self.load(case), ready.supports
         others = [support for support in supports if support.case_id != case.case_id]
         single = single_component_classes([support.label_zyx for support in others], values)
         fusion = dataclasses.replace(self.fusion, single_component_classes=single)
@@ -214,8 +250,9 @@ class _Job:
             "sam2": dataclasses.asdict(self.backend.spec),
             "seed": self.seed,
             "supports": [support.case_id for support in others],
-            "prepared": prepared,
+            "prepared": ready.prepared,
             "dice_with_human_label": self._dice(case, supports, pseudo),
+            "quality": ready.probe and quality_record(ready.probe.measure(query, pseudo, others), self.calibration),
             **pseudo.record,
             "files": hashes,
         }
@@ -261,6 +298,37 @@ class _Job:
             return None
         path = self._student_folder / f"{case_id}.npz"
         return file_hash(path) if path.is_file() else None
+
+
+class _Ready:
+    """Hold what is prepared once for all cases of a call, when the first of them is labelled."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+
+        self._prepared = False
+        self.supports: list[Support] = []
+        self.prepared: dict[str, Any] | None = None
+        self.probe = QualityProbe(job.cohort.class_values, job.quality) if job.quality is not None else None
+
+    def prepare(self) -> None:
+        """Load the supports and let the strategy check them, the first time that it is called."""
+        if not self._prepared:
+            self.supports, self.prepared = self._job.prepare()
+            self._prepared = True
+
+
+def _label_all(job: _Job, case_ids: Sequence[str], ready: _Ready) -> dict[str, dict[str, Any]]:
+    """Label the cases that are not done and return all records, by case."""
+    keys = {case_id: job.input_key(job.cohort.case(case_id)) for case_id in case_ids}
+    found = {case_id: record for case_id, key in keys.items() if (record := job.finished(case_id, key)) is not None}
+    records = {case_id: job.current(record) for case_id, record in found.items()}
+    pending = [case_id for case_id in case_ids if case_id not in records]
+    if pending:
+        ready.prepare()
+        for case_id in track(pending, what=f"labelling ({job.strategy.name})", total=len(pending)):
+            records[case_id] = job.label(job.cohort.case(case_id), ready, keys[case_id])
+    return records
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""How good a pseudo-label is, told without its ground truth."""

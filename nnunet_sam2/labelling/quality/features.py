@@ -1,0 +1,129 @@
+"""What can be seen of a pseudo-label without its ground truth.
+
+Shape letters: C channels (background first), z y x voxels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy.ndimage import binary_dilation, binary_erosion
+
+from nnunet_sam2.labelling.member import PseudoLabel
+
+_SURE, _POSSIBLE = 0.5, 1.0 / 3.0
+"""Probabilities at which stability is measured; SAM's own score takes logits around 0 in the same way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Hold what is seen of one class of one pseudo-label; all from 0 to 1, and higher speaks for the label."""
+
+    voxels: int
+    shown_in: float
+    """Share of the labelled cases that show the class: says what an empty label means."""
+    reverse: Mapping[str, float] = field(default_factory=dict)
+    """Dice of a labelled case when the query with its pseudo-label is the only support, by that case's id."""
+    agreement: Mapping[str, float] = field(default_factory=dict)
+    """Dice of the pseudo-label with what a single labelled case would have made of the query, by that case's id."""
+    inside: float | None = None
+    """Mean probability of the class where the label has it."""
+    rim: float | None = None
+    """Mean probability of the label's own value within one voxel of the class's border; recorded, not used."""
+    stability: float | None = None
+    """Dice of the label where it is sure with all voxels where the class is possible."""
+    members: float | None = None
+    """Mean Dice of the members with what they were fused to, where there are several."""
+    sam_iou: float | None = None
+    """SAM 2's own estimate of the IoU, averaged over members and slices, where members carry it."""
+
+    @property
+    def columns(self) -> dict[str, float | None]:
+        """Return the values that an estimate is made of, by name."""
+        found = list(self.reverse.values())
+        agreed = list(self.agreement.values())
+        return {
+            "reverse_least": min(found) if found else None,
+            "reverse_best": max(found) if found else None,
+            "agreement": sum(agreed) / len(agreed) if agreed else None,
+            "inside": self.inside,
+            "stability": self.stability,
+            "members": self.members,
+            # As a Dice, like the others.
+            "sam_iou": None if self.sam_iou is None else 2.0 * self.sam_iou / (1.0 + self.sam_iou),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the features as a JSON value."""
+        return {**asdict(self), "reverse": dict(self.reverse), "agreement": dict(self.agreement)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Features:
+        """Rebuild features from `to_json`."""
+        return cls(**value)
+
+
+CaseFeatures = dict[int, Features]
+"""The features of every class of one case, by class value."""
+
+
+def confidence_features(label_zyx: np.ndarray, prob_czyx: np.ndarray, channel: int, value: int) -> dict[str, float]:
+    """Compute ``inside``, ``rim`` and ``stability`` of a class that the label has; probabilities are 0 to 1."""
+    mask_zyx = label_zyx == value
+    prob_zyx = prob_czyx[channel]
+    sure = int(np.count_nonzero(mask_zyx & (prob_zyx > _SURE)))
+    total = int(np.count_nonzero(mask_zyx)) + int(np.count_nonzero(prob_zyx > _POSSIBLE))
+    return {
+        "inside": float(prob_zyx[mask_zyx].mean(dtype=np.float64)),
+        "rim": _rim(mask_zyx, prob_zyx),
+        "stability": 2.0 * sure / total,
+    }
+
+
+def member_features(pseudo: PseudoLabel, class_values: Sequence[int]) -> dict[int, dict[str, float | None]]:
+    """Read ``members`` and ``sam_iou`` from what fusion and the members recorded; None where they did not."""
+    agreement = pseudo.record.get("agreement") or {}
+    members = pseudo.record.get("members", ())
+    return {
+        value: {
+            "members": agreement.get(str(value)),
+            "sam_iou": _mean([iou for member in members for iou in _ious_of(member, value)]),
+        }
+        for value in class_values
+    }
+
+
+def _ious_of(member: Mapping[str, Any], value: int) -> list[float]:
+    """Collect the IoU that SAM 2 estimated of a class, from wherever strategies record it: member, slices, prompts."""
+    found: list[Any] = []
+    key = str(value)
+    for entry in (member, *_entries(member.get("slices"))):
+        classes = entry.get("classes")
+        if isinstance(classes, Mapping) and isinstance(classes.get(key), Mapping):
+            found += [classes[key].get("estimated_iou"), classes[key].get("iou")]
+    for prompt in _entries(member.get("prompts")):
+        found += [piece.get("iou") for piece in _entries(prompt.get("pieces")) if piece.get("class") == value]
+    # Of several passes the last one drew the mask.
+    last = [entry[-1] if isinstance(entry, list) and entry else entry for entry in found]
+    return [float(iou) for iou in last if isinstance(iou, (int, float))]
+
+
+def _entries(value: Any) -> list[Mapping[str, Any]]:
+    return [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _rim(mask_zyx: np.ndarray, prob_zyx: np.ndarray) -> float:
+    extent = [np.flatnonzero(mask_zyx.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
+    crop = tuple(slice(max(0, int(e[0]) - 1), int(e[-1]) + 2) for e in extent)
+    mask, prob = mask_zyx[crop], prob_zyx[crop]
+    inner = mask & ~binary_erosion(mask, border_value=1)
+    outer = binary_dilation(mask) & ~mask
+    values = np.concatenate([prob[inner], 1.0 - prob[outer]])
+    return float(values.mean(dtype=np.float64)) if len(values) else float(prob[mask].mean(dtype=np.float64))
