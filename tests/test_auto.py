@@ -9,10 +9,10 @@ import pytest
 
 from nnunet_sam2.frames import Frames, view_axes
 from nnunet_sam2.geometry import Geometry
-from nnunet_sam2.labelling.auto import Auto, AutoOptions
 from nnunet_sam2.labelling.fusion import fuse
 from nnunet_sam2.labelling.registry import make_strategy
-from nnunet_sam2.labelling.transfer import Transfer, TransferOptions
+from nnunet_sam2.labelling.strategies.auto import Auto, AutoOptions
+from nnunet_sam2.labelling.strategies.transfer.strategy import Transfer, TransferOptions
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.support.cases import Support
 from nnunet_sam2.volumes import Volume

@@ -17,15 +17,15 @@ from nnunet_sam2.cohort.convert import ConvertOptions, convert
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders, new_dataset_folders
 from nnunet_sam2.geometry import Geometry
-from nnunet_sam2.labelling import chain_labels
-from nnunet_sam2.labelling.adapt import TrainingOptions
-from nnunet_sam2.labelling.chain import Chain, ChainOptions
-from nnunet_sam2.labelling.chain_training import Example, core_places, image_examples, train_decoder
-from nnunet_sam2.labelling.chain_video import ChainImage, carry_all
 from nnunet_sam2.labelling.labeller import label_cases
 from nnunet_sam2.labelling.leave_one_out import dice_by_class
 from nnunet_sam2.labelling.member import Member
+from nnunet_sam2.labelling.prompting.adapt import TrainingOptions
 from nnunet_sam2.labelling.registry import make_strategy
+from nnunet_sam2.labelling.strategies.chain import labels as chain_labels
+from nnunet_sam2.labelling.strategies.chain.strategy import Chain, ChainOptions
+from nnunet_sam2.labelling.strategies.chain.training import Example, core_places, image_examples, train_decoder
+from nnunet_sam2.labelling.strategies.chain.video import ChainImage, carry_all
 from nnunet_sam2.pictures import write_picture
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.support.cases import Query, Support

@@ -9,8 +9,8 @@ import pytest
 
 from nnunet_sam2.frames import Frames, resize
 from nnunet_sam2.geometry import Geometry
-from nnunet_sam2.labelling.chain_images import cleaned, ready_image
-from nnunet_sam2.labelling.chain_video import order_by_appearance, spread_best
+from nnunet_sam2.labelling.strategies.chain.images import cleaned, ready_image
+from nnunet_sam2.labelling.strategies.chain.video import order_by_appearance, spread_best
 
 SIZE = 64
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nnunet_sam2.frames import Frames
-from nnunet_sam2.labelling.decoding import PromptKinds, decode_map, make_prompts, put_in
+from nnunet_sam2.labelling.prompting.decoding import PromptKinds, decode_map, make_prompts, put_in
 from nnunet_sam2.sam2.backend import load_backend
 
 ALL = PromptKinds(box=True, points=True, mask=True, padding=0.0)

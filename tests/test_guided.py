@@ -15,12 +15,12 @@ from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.geometry import Geometry
-from nnunet_sam2.labelling.guided import Guided, GuidedOptions
 from nnunet_sam2.labelling.labeller import label_cases
 from nnunet_sam2.labelling.leave_one_out import dice_by_class
 from nnunet_sam2.labelling.member import Member
+from nnunet_sam2.labelling.prompting.support_slices import SupportSlices
 from nnunet_sam2.labelling.registry import make_strategy, options_json
-from nnunet_sam2.labelling.support_slices import SupportSlices
+from nnunet_sam2.labelling.strategies.guided.strategy import Guided, GuidedOptions
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.sam2.protocol import Decoded
 from nnunet_sam2.support.cases import Query, Support

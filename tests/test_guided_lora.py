@@ -11,11 +11,11 @@ import torch
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.folders import DatasetFolders
-from nnunet_sam2.labelling import guided
-from nnunet_sam2.labelling.adapt import TrainingOptions, mask_loss, train
-from nnunet_sam2.labelling.guided import Guided, GuidedOptions
-from nnunet_sam2.labelling.guided_lora import draw_partner, lora_losses, train_lora
-from nnunet_sam2.labelling.support_slices import SupportSlices
+from nnunet_sam2.labelling.prompting.adapt import TrainingOptions, mask_loss, train
+from nnunet_sam2.labelling.prompting.support_slices import SupportSlices
+from nnunet_sam2.labelling.strategies.guided import strategy as guided
+from nnunet_sam2.labelling.strategies.guided.lora import draw_partner, lora_losses, train_lora
+from nnunet_sam2.labelling.strategies.guided.strategy import Guided, GuidedOptions
 from nnunet_sam2.sam2 import lora
 from nnunet_sam2.sam2.adaptation import TrainableSam2
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend

@@ -8,7 +8,7 @@ import torch
 
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.geometry import Geometry
-from nnunet_sam2.labelling.half_cells import (
+from nnunet_sam2.labelling.strategies.transfer.half_cells import (
     from_quarters,
     half_cell_features,
     into_quarters,
@@ -16,7 +16,7 @@ from nnunet_sam2.labelling.half_cells import (
     nearest_quarters_slow,
     place_quarters,
 )
-from nnunet_sam2.labelling.transfer import Transfer, TransferOptions
+from nnunet_sam2.labelling.strategies.transfer.strategy import Transfer, TransferOptions
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.support.cases import Support
 from nnunet_sam2.volumes import Volume

@@ -11,7 +11,7 @@ from nnunet_sam2.errors import InputError
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.labelling.fusion import fuse
-from nnunet_sam2.labelling.insert import Insert, InsertOptions
+from nnunet_sam2.labelling.strategies.insert.strategy import Insert, InsertOptions
 from nnunet_sam2.sam2.backend import load_backend
 from nnunet_sam2.support.cases import Query, Support
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nnunet_sam2.labelling.insert_plans import MODES, Asked, Pair, best_window, spread, spread_peaks
-from nnunet_sam2.labelling.insert_videos import QUERY, SUPPORT, Inserted
+from nnunet_sam2.labelling.strategies.insert.plans import MODES, Asked, Pair, best_window, spread, spread_peaks
+from nnunet_sam2.labelling.strategies.insert.videos import QUERY, SUPPORT, Inserted
 
 
 def pair(total: int, depth: int, prompts: list[int], *, whole: bool = False, seed: int = 0) -> Pair:

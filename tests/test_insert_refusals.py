@@ -8,8 +8,8 @@ import pytest
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.geometry import Geometry
-from nnunet_sam2.labelling.insert_plans import MODES
 from nnunet_sam2.labelling.registry import make_strategy
+from nnunet_sam2.labelling.strategies.insert.plans import MODES
 from nnunet_sam2.sam2.backend import load_backend
 from nnunet_sam2.support.cases import Query, Support
 from nnunet_sam2.volumes import Volume

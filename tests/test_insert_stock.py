@@ -9,8 +9,8 @@ from test_sam2_backend import SIZE, lively_model, make_backend, stock_walk
 
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.labelling.fusion import FusionOptions
-from nnunet_sam2.labelling.insert import Insert
 from nnunet_sam2.labelling.registry import make_strategy
+from nnunet_sam2.labelling.strategies.insert.strategy import Insert
 from nnunet_sam2.support.cases import Query, Support
 
 N, M = 5, 6

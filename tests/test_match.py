@@ -10,9 +10,9 @@ import pytest
 
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.folders import DatasetFolders
-from nnunet_sam2.labelling.match import Match, MatchOptions
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.registry import make_strategy
+from nnunet_sam2.labelling.strategies.match.strategy import Match, MatchOptions
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.sam2.protocol import Propagated
 from nnunet_sam2.support.cases import Query, Support

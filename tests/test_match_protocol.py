@@ -15,9 +15,9 @@ from nnunet_sam2.errors import InputError
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.labelling.fusion import FusionOptions
-from nnunet_sam2.labelling.match import Match
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.registry import make_strategy
+from nnunet_sam2.labelling.strategies.match.strategy import Match
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.support.augment import Augmentation, augment_image, augment_masks
 from nnunet_sam2.support.cases import Query, Support

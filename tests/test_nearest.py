@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_sam2.labelling import nearest as nearest_module
-from nnunet_sam2.labelling.nearest import nearest, nearest_slow, smallest, snap_to_edges, vote
+from nnunet_sam2.labelling.strategies.transfer import nearest as nearest_module
+from nnunet_sam2.labelling.strategies.transfer.nearest import nearest, nearest_slow, smallest, snap_to_edges, vote
 
 
 def _vectors(count: int, seed: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.leave_one_out import dice_by_class
 from nnunet_sam2.labelling.member import Member
-from nnunet_sam2.labelling.prompted import Prompted, PromptedOptions
+from nnunet_sam2.labelling.strategies.prompted import Prompted, PromptedOptions
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.sam2.protocol import Decoded
 from nnunet_sam2.support.cases import Support

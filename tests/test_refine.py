@@ -18,8 +18,8 @@ from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.labelling.labeller import label_cases
 from nnunet_sam2.labelling.leave_one_out import dice_by_class
 from nnunet_sam2.labelling.member import Member
-from nnunet_sam2.labelling.refine import Refine, RefineOptions
 from nnunet_sam2.labelling.registry import make_strategy, options_json
+from nnunet_sam2.labelling.strategies.refine.strategy import Refine, RefineOptions
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.sam2.protocol import Decoded
 from nnunet_sam2.support.cases import Query, Support

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from nnunet_sam2.labelling.prompts import bounding_box, deepest_point, model_boxes, morph, seed_prompts, seeds
-from nnunet_sam2.labelling.refine_passes import kept_components
+from nnunet_sam2.labelling.prompting.prompts import bounding_box, deepest_point, model_boxes, morph, seed_prompts, seeds
+from nnunet_sam2.labelling.strategies.refine.passes import kept_components
 
 
 def _disk(centre_yx: tuple[int, int], radius: float, side: int = 40) -> np.ndarray:

@@ -15,9 +15,9 @@ from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.fusion import fuse
 from nnunet_sam2.labelling.leave_one_out import dice_by_class
 from nnunet_sam2.labelling.member import Member
-from nnunet_sam2.labelling.memory import SupportMemory, slice_descriptors
-from nnunet_sam2.labelling.recipe import Recipe, averaged, candidate_recipes, choose_recipes
-from nnunet_sam2.labelling.transfer import Transfer, TransferOptions
+from nnunet_sam2.labelling.strategies.transfer.memory import SupportMemory, slice_descriptors
+from nnunet_sam2.labelling.strategies.transfer.recipe import Recipe, averaged, candidate_recipes, choose_recipes
+from nnunet_sam2.labelling.strategies.transfer.strategy import Transfer, TransferOptions
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.sam2.protocol import Decoded
 from nnunet_sam2.support.cases import Support

@@ -47,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="3D component to keep of each class; auto: the largest, of classes that are one piece in the supports",
     )
     parser.add_argument(
-        "--student", type=Path, metavar="FOLDER", help="probabilities CASE.npz of a trained network, for 'prompted' and 'refine'"
+        "--student",
+        type=Path,
+        metavar="FOLDER",
+        help="probabilities CASE.npz of a trained network, for 'prompted' and 'refine'",
     )
     parser.add_argument("--image-size", type=int, help="SAM 2 input size in pixels (default: the checkpoint's)")
     parser.add_argument("--device", "-device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
@@ -125,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
 def _explain(args: argparse.Namespace) -> int:
     from nnunet_sam2.cohort.cohort import Cohort
     from nnunet_sam2.folders import find_dataset
-    from nnunet_sam2.labelling.explain import as_text, find_case
+    from nnunet_sam2.labelling.explain.cases import as_text, find_case
 
     folders = find_dataset(args.dataset)
     cohort = Cohort.load(folders.raw)

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 # name -> (module, strategy class, options class); imported only when called for.
 STRATEGIES: dict[str, tuple[str, str, str]] = {
-    "insert": ("nnunet_sam2.labelling.insert", "Insert", "InsertOptions"),
-    "match": ("nnunet_sam2.labelling.match", "Match", "MatchOptions"),
-    "guided": ("nnunet_sam2.labelling.guided", "Guided", "GuidedOptions"),
-    "auto": ("nnunet_sam2.labelling.auto", "Auto", "AutoOptions"),
-    "transfer": ("nnunet_sam2.labelling.transfer", "Transfer", "TransferOptions"),
-    "refine": ("nnunet_sam2.labelling.refine", "Refine", "RefineOptions"),
-    "chain": ("nnunet_sam2.labelling.chain", "Chain", "ChainOptions"),
-    "prompted": ("nnunet_sam2.labelling.prompted", "Prompted", "PromptedOptions"),
+    "insert": ("nnunet_sam2.labelling.strategies.insert.strategy", "Insert", "InsertOptions"),
+    "match": ("nnunet_sam2.labelling.strategies.match.strategy", "Match", "MatchOptions"),
+    "guided": ("nnunet_sam2.labelling.strategies.guided.strategy", "Guided", "GuidedOptions"),
+    "auto": ("nnunet_sam2.labelling.strategies.auto", "Auto", "AutoOptions"),
+    "transfer": ("nnunet_sam2.labelling.strategies.transfer.strategy", "Transfer", "TransferOptions"),
+    "refine": ("nnunet_sam2.labelling.strategies.refine.strategy", "Refine", "RefineOptions"),
+    "chain": ("nnunet_sam2.labelling.strategies.chain.strategy", "Chain", "ChainOptions"),
+    "prompted": ("nnunet_sam2.labelling.strategies.prompted", "Prompted", "PromptedOptions"),
 }
 
 

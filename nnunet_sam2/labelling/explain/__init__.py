@@ -1,0 +1,1 @@
+"""A label explained from the records that made it."""

@@ -1,0 +1,1 @@
+"""What strategies share: prompts from maps, the decoder, redrawing, adaptation."""

@@ -1,0 +1,1 @@
+"""The strategies: one file each, or a folder where one has several parts."""

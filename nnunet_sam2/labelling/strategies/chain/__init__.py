@@ -1,0 +1,1 @@
+"""A cohort of pictures as one video."""

@@ -1,0 +1,1 @@
+"""A first mask from the supports' memories guides a second pass."""

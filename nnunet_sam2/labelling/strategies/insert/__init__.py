@@ -1,0 +1,1 @@
+"""Labelled slices inserted into the query as prompted frames of a video."""

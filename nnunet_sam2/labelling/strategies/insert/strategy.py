@@ -1,0 +1,257 @@
+"""Insert labelled slices into the query, or the query into a labelled volume, and let SAM 2's memory carry the masks.
+
+Shape letters: N query slices, M support slices, K classes, S model size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.frames import resize
+from nnunet_sam2.labelling.fusion import COMPONENTS, GIVEN, FusionOptions
+from nnunet_sam2.labelling.member import Member
+from nnunet_sam2.labelling.strategies.insert.plans import LEAST_TO_SWITCH, MODES, Asked, Pair, Plan
+from nnunet_sam2.labelling.strategies.insert.sources import InsertSource, InsertSources
+from nnunet_sam2.labelling.strategies.insert.videos import QUERY
+from nnunet_sam2.labelling.strategies.transfer.memory import slice_descriptors
+from nnunet_sam2.sam2.protocol import Propagated, Sam2Backend
+from nnunet_sam2.support.cases import Query, Support
+
+_INSERTIONS = 3
+"""Places for each support where the user names no number: where there is room for so many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsertOptions:
+    """Say which pseudo-videos are made, and how many."""
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {
+            "mode": "la_to_un",
+            "supports": None,
+            "insertions": 5,
+            "positions": "random",
+            "prompted_slices": None,
+            "whole_support": True,
+            "both_directions": False,
+            "components": "largest",
+        }
+    }
+    """``paper``: SSL-MedSAM2 (arXiv 2512.11548) as released: all supports, five random places each, whole volumes, one
+    visit a slice; mean probability above a half, and the largest component."""
+
+    mode: str = "la_to_un"
+    """``la_to_un``: support slices into the query; ``un_to_la``: the query into the support; ``switch``: half of the
+    labelled slices and a run of the query change places; ``chunk``: each stretch of the query takes a place in the
+    support."""
+    supports: int | None = 4
+    """How many supports to use, the most similar ones first; none means all, with time growing by their number."""
+    insertions: int | None = None
+    """Places for each support; one member comes of each. None: 3, or as many as there are."""
+    positions: str = "matched"
+    """``matched``: where slices look alike; ``random``: drawn (`chunk`: at the same relative place), as published."""
+    prompted_slices: int | None = 8
+    """At most so many slices of a class prompt, spread over its extent; none means all that show it."""
+    whole_support: bool = False
+    """Slices of the support without prompt stand in the videos too, and SAM 2 remembers what it finds on them."""
+    both_directions: bool = True
+    """Visit every query slice in both directions, where prompts allow, and average the two."""
+    chunks: int = 5
+    """Stretches of the query in mode ``chunk``."""
+    components: str = GIVEN
+    """Which 3D component of a class to keep: auto, largest, confident, none; ``given``: what --components says."""
+
+    def __post_init__(self) -> None:
+        known: list[tuple[str, tuple[str, ...]]] = [
+            ("mode", tuple(MODES)),
+            ("positions", ("matched", "random")),
+            ("components", (GIVEN, *COMPONENTS)),
+        ]
+        for name, choices in known:
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
+        for name in ("supports", "insertions", "prompted_slices", "chunks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.mode == "chunk" and (self.insertions or 1) > 1:
+            raise ValueError(f"insertions={self.insertions}: mode chunk gives one member a support; leave it out")
+        if self.mode == "switch" and self.prompted_slices is not None and self.prompted_slices < LEAST_TO_SWITCH:
+            raise ValueError(f"prompted_slices={self.prompted_slices}: mode switch needs at least {LEAST_TO_SWITCH}")
+
+
+class Insert:
+    """Label a query by pseudo-videos of it and a labelled volume (SSL-MedSAM2, arXiv 2512.11548), all classes.
+
+    One member comes of each support and place. Different from the released code, unless the preset asks for it: places
+    are matched to the anatomy; both directions cover the whole query when their mean is asked for; slices without the
+    class are not inserted, so that memory starts with what is known. Always different: the memory of a prompted slice
+    is computed once for all videos; directions are averaged as probabilities, for a mean of logits lets the direction
+    that has lost the object veto the other; classes that a support does not show are taken from one that does; the
+    modes that the released code does not call work (see `insert_plans`).
+    """
+
+    name: ClassVar[str] = "insert"
+    needs_memory: ClassVar[bool] = True
+
+    def __init__(self, options: InsertOptions | None = None) -> None:
+        self._options = options or InsertOptions()
+        self._sources = InsertSources(limit=self._options.prompted_slices, whole=self._options.whole_support)
+
+    @property
+    def options(self) -> InsertOptions:
+        """Return the options."""
+        return self._options
+
+    def fusion(self, asked: FusionOptions) -> FusionOptions:
+        """Return how the members are to be fused; see `BringsFusion`."""
+        return asked.with_components(self._options.components)
+
+    def check(self, case_id: str, slices: int) -> None:
+        """Refuse a query with fewer slices than insertions; see `Limits`."""
+        if self._options.mode == "la_to_un" and (self._options.insertions or 1) > slices:
+            raise InputError(
+                f"case {case_id} has {slices} slice{'s' * (slices != 1)}, and insertions={self._options.insertions} "
+                f"would put a support twice at the same place; use --set insertions={slices}, or leave the case out"
+            )
+
+    def members(
+        self,
+        query: Query,
+        supports: Sequence[Support],
+        class_values: tuple[int, ...],
+        backend: Sam2Backend,
+        rng: np.random.Generator,
+    ) -> Iterator[Member]:
+        """Yield one member for each support and place; see `Strategy.members`.
+
+        Raises `InputError` where no support shows any class at model size, where there are fewer places than asked
+        for, and in mode ``switch`` where a class is on one slice of each support alone.
+        """
+        self.check(query.case_id, len(query.frames))
+        options = self._options
+        query_nf = slice_descriptors(query.embeddings).numpy()
+        sources = [
+            self._sources.source(support, class_values)
+            for support in self._sources.most_similar(query_nf, supports, options.supports)
+        ]
+        lenders = {value: self._lenders(value, sources) for value in class_values}
+        if not any(lenders.values()):
+            cases = ", ".join(support.case_id for support in supports) or "none given"
+            raise InputError(
+                f"no slice of the supports ({cases}) shows a class at model size {query.frames.size}; "
+                f"give other supports or a larger --image-size"
+            )
+        for number, source in enumerate(sources):
+            chosen = {
+                value: source if source in able else able[number % len(able)] for value, able in lenders.items() if able
+            }
+            # From one seed, so that classes with the same choice of places are put at the same ones.
+            seed = int(rng.integers(2**63))
+            plans = {v: self._plans(query_nf, chosen[v], v, np.random.default_rng(seed)) for v in chosen}
+            count = max(len(found) for found in plans.values())
+            if options.insertions is not None and options.mode != "chunk" and count < options.insertions:
+                raise InputError(
+                    f"support {source.support.case_id} and case {query.case_id} can be joined in mode {options.mode} "
+                    f"at {count} places, not at insertions={options.insertions}; use --set insertions={count}"
+                )
+            for insertion in range(count):
+                # A class with fewer places than another takes part in all members, or their mean would lack it.
+                placed = {v: found[insertion % len(found)] for v, found in plans.items()}
+                yield self._member(query, source, chosen, placed, class_values, backend, insertion)
+
+    def _lenders(self, value: int, sources: Sequence[InsertSource]) -> list[InsertSource]:
+        """Return the supports that can prompt a class."""
+        showing = [source for source in sources if source.prompts(value)]
+        if self._options.mode != "switch":
+            return showing
+        able = [source for source in showing if len(source.prompts(value)) >= LEAST_TO_SWITCH]
+        if showing and not able:
+            cases = ", ".join(source.support.case_id for source in showing)
+            raise InputError(
+                f"class {value} is on a single slice of each support ({cases}); mode switch leaves half of a class's "
+                f"slices in place and needs {LEAST_TO_SWITCH}: use --set mode=la_to_un"
+            )
+        return able
+
+    def _plans(self, query_nf: np.ndarray, source: InsertSource, value: int, rng: np.random.Generator) -> list[Plan]:
+        options = self._options
+        pair = Pair(query_nf=query_nf, support_mf=source.descriptors_mf, support=source.inserted(value))
+        asked = Asked(
+            count=options.insertions or _INSERTIONS,
+            matched=options.positions == "matched",
+            twice=options.both_directions,
+            chunks=options.chunks,
+        )
+        return MODES[options.mode](pair, asked, rng)
+
+    def _member(
+        self,
+        query: Query,
+        owner: InsertSource,
+        chosen: Mapping[int, InsertSource],
+        placed: Mapping[int, Plan],
+        class_values: tuple[int, ...],
+        backend: Sam2Backend,
+        insertion: int,
+    ) -> Member:
+        shape_hw = query.frames.slice_shape_hw
+        prob_knhw = np.zeros((len(class_values), len(query.frames), *shape_hw), np.float32)
+        classes: dict[str, Any] = {}
+        for k, value in enumerate(class_values):
+            if value not in chosen:
+                classes[str(value)] = {"absent_in_all_supports": True}
+                continue
+            visits = np.zeros(len(query.frames), int)
+            scores: list[float] = []
+            for n, answer in _answers(query, chosen[value], value, placed[value], backend):
+                prob_ss = torch.sigmoid(answer.logits_kss[0]).cpu().numpy()
+                prob_knhw[k, n] += resize(prob_ss[None], shape_hw)[0]
+                visits[n] += 1
+                if (prob_ss > 0.5).any():
+                    scores.append(float(answer.iou_k[0]))
+            prob_knhw[k] /= np.maximum(visits, 1)[:, None, None]
+            classes[str(value)] = {
+                **chosen[value].record(value),
+                "place": placed[value].place,
+                "slices_found": len(scores),
+                "estimated_iou": float(np.mean(scores)) if scores else None,
+            }
+        return Member(
+            name=f"insert:{owner.support.case_id}:{insertion}",
+            prob_kzyx=query.frames.slices_back(prob_knhw),
+            record={
+                "support": owner.support.case_id,
+                "insertion": insertion,
+                "mode": self._options.mode,
+                "classes": classes,
+            },
+        )
+
+
+def _answers(
+    query: Query, source: InsertSource, value: int, plan: Plan, backend: Sam2Backend
+) -> Iterator[tuple[int, Propagated]]:
+    """Yield (query slice, answer) for the walks that one place of one class stands for."""
+    prompts = set(source.prompts(value))
+    for walk in plan.walks:
+        volumes = [query.embeddings if kind == QUERY else source.support.embeddings for kind, _ in walk.slots]
+        video = [(embeddings, n) for embeddings, (_, n) in zip(volumes, walk.slots, strict=True)]
+        masks = {
+            t: source.mask(value, m)[None] for t, (kind, m) in enumerate(walk.slots) if kind != QUERY and m in prompts
+        }
+        missing = set(walk.asked)
+        for answer in backend.walk(video, masks, reverse=walk.reverse):
+            kind, n = walk.slots[answer.frame]
+            if kind == QUERY and n in missing:
+                missing.discard(n)
+                yield n, answer
+            if not missing:
+                # What lies behind the last query slice asked for is of no use.
+                break

@@ -1,0 +1,1 @@
+"""Each query slice paired with its most similar support slice."""

@@ -1,0 +1,1 @@
+"""Prompts drawn from a map, in two passes."""

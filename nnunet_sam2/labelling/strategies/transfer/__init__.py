@@ -1,0 +1,1 @@
+"""Label transfer by nearest neighbours in embedding space."""

@@ -1,0 +1,178 @@
+"""Support slices as a memory of labelled locations.
+
+Shape letters: N slices, P locations of a slice, M locations of several, F features, C channels (background first).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.functional import adaptive_avg_pool2d, normalize
+
+from nnunet_sam2.labelling.strategies.transfer.half_cells import HalfCells, half_cell_features, into_quarters
+from nnunet_sam2.sam2.protocol import Embeddings
+from nnunet_sam2.support.cases import Support
+
+LEAST_JUDGED = 0.5
+"""Part of a cell that a human must have judged for the cell to count as evidence."""
+
+_POOLED = 4
+_KEPT_LOCATIONS = 2**19
+_KEPT_QUARTER_BYTES = 2**29
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Say how much position counts beside appearance, as factors on coordinates from 0 to 1."""
+
+    position_weight: float
+    slice_weight: float
+
+    def scale(self, features: int) -> torch.Tensor:
+        """Return the factors for vectors as `slice_features` gives them."""
+        coordinates = torch.tensor([self.position_weight, self.position_weight, self.slice_weight])
+        return torch.cat([torch.ones(features - len(coordinates)), coordinates])
+
+
+def slice_features(embeddings: Embeddings, index: int) -> torch.Tensor:
+    """Return a slice's locations as unit-length embeddings with coordinates appended, (P, F + 3) float32.
+
+    The coordinates are the in-plane position (row, column) and the slice's relative position in the volume, 0 to 1.
+    """
+    top = embeddings.top(index).cpu()
+    features, height, width = top.shape
+    appearance_pf = normalize(top.reshape(features, -1).T, dim=1)
+    rows, columns = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
+    depth_p1 = torch.full((len(appearance_pf), 1), (index + 0.5) / len(embeddings))
+    return torch.cat([appearance_pf, torch.cartesian_prod(rows, columns), depth_p1], dim=1)
+
+
+def slice_descriptors(embeddings: Embeddings) -> torch.Tensor:
+    """Describe each slice by its embedding pooled to 4 x 4, unit length: (N, F) float32."""
+    pooled = [adaptive_avg_pool2d(embeddings.top(n).cpu()[None], _POOLED).flatten() for n in range(len(embeddings))]
+    return normalize(torch.stack(pooled), dim=1)
+
+
+class SupportMemory:
+    """Offer the labelled locations of the support slices that resemble a query slice."""
+
+    def __init__(self, supports: Sequence[Support], class_values: tuple[int, ...]) -> None:
+        self._supports = list(supports)
+        self._class_values = class_values
+        self._origin = [(s, n) for s, support in enumerate(self._supports) for n in range(len(support.frames))]
+        self._depth_n = torch.tensor([(n + 0.5) / len(self._supports[s].frames) for s, n in self._origin])
+        self._descriptors_nf = torch.cat([slice_descriptors(support.embeddings) for support in self._supports])
+        self._locations = int(self._supports[0].embeddings.top(0).shape[1:].numel())
+        self._cells: dict[int, np.ndarray] = {}
+        self._slices: OrderedDict[int, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self._quarters: OrderedDict[int, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self._half_labels: dict[int, np.ndarray] = {}
+        self._spread_ratio: float | None = None
+
+    def choose(
+        self, descriptor_f: torch.Tensor, depth: float, entries: int, *, without: int | None = None
+    ) -> list[int]:
+        """Choose the slices that look most like the query slice at a like relative position, ascending.
+
+        As many as have ``entries`` locations together, at least one. ``without`` leaves out one support, by its place
+        in the list.
+        """
+        score_n = self._descriptors_nf @ descriptor_f - (self._depth_n - depth).square()
+        if without is not None:
+            score_n[torch.tensor([s == without for s, _ in self._origin])] = -torch.inf
+        allowed = int(torch.isfinite(score_n).sum())
+        count = max(1, entries // self._locations)
+        return sorted(score_n.topk(min(count, allowed)).indices.tolist())
+
+    def rows(self, slices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the locations of the chosen slices: features (M, F + 3) and soft labels (M, C).
+
+        Locations that nobody has judged are left out; partly judged ones count by what was judged.
+        """
+        parts = [self._slice(number) for number in slices]
+        return torch.cat([features for features, _ in parts]), torch.cat([labels for _, labels in parts])
+
+    def half_cells(self, query: Embeddings, index: int, slices: Sequence[int]) -> HalfCells:
+        """Return what the finer search for one query slice needs; entry numbers count the rows of `rows`."""
+
+        def entries(numbers_u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            features, labels, start = [], [], 0
+            for number in slices:
+                features_p4f, labels_p4c = self._slice_quarters(number)
+                stop = start + len(features_p4f)
+                mine = numbers_u[(numbers_u >= start) & (numbers_u < stop)] - start
+                features.append(features_p4f[mine])
+                labels.append(labels_p4c[mine])
+                start = stop
+            return torch.cat(features), torch.cat(labels)
+
+        return HalfCells(
+            query_p4f=half_cell_features(query, index), entries=entries, spread_ratio=self._ratio_of_spreads()
+        )
+
+    def _ratio_of_spreads(self) -> float:
+        if self._spread_ratio is None:
+            embeddings = self._supports[0].embeddings
+            chosen = np.linspace(0, len(embeddings) - 1, min(8, len(embeddings))).round().astype(int).tolist()
+            unit = torch.cat([normalize(embeddings.top(n).cpu().float(), dim=0).flatten(1) for n in chosen], dim=1)
+            fine = torch.cat([embeddings.high(n)[1].cpu().float().flatten(1) for n in chosen], dim=1)
+            # Features that do not vary, as on a blank volume, have nothing to say whatever their weight.
+            self._spread_ratio = float(unit.var(dim=1).sum() / fine.var(dim=1).sum().clamp_min(1e-12))
+        return self._spread_ratio
+
+    def _slice_quarters(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self._quarters.get(number)
+        if found is None:
+            s, n = self._origin[number]
+            _, parent_pc = self._slice(number)
+            kept = self._judged(number).sum(dim=1) >= LEAST_JUDGED
+            labels_p4c = into_quarters(torch.from_numpy(self._soft_half_labels(s)[n]))[kept]
+            judged_p41 = labels_p4c.sum(dim=2, keepdim=True)
+            # A quarter that nobody has judged takes what was judged in its cell.
+            labels_p4c = torch.where(
+                judged_p41 >= LEAST_JUDGED, labels_p4c / judged_p41.clamp_min(LEAST_JUDGED), parent_pc[:, None]
+            )
+            found = half_cell_features(self._supports[s].embeddings, n)[kept].half(), labels_p4c
+            self._quarters[number] = found
+            size = 2 * found[0].numel() + 4 * found[1].numel()
+            if len(self._quarters) > 1 and len(self._quarters) * size > _KEPT_QUARTER_BYTES:
+                self._quarters.popitem(last=False)
+        self._quarters.move_to_end(number)
+        return found
+
+    def _judged(self, number: int) -> torch.Tensor:
+        s, n = self._origin[number]
+        return torch.from_numpy(self._soft_labels(s)[n].reshape(len(self._class_values) + 1, -1).T.copy())
+
+    def _slice(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self._slices.get(number)
+        if found is None:
+            s, n = self._origin[number]
+            features_pf = slice_features(self._supports[s].embeddings, n)
+            labels_pc = self._judged(number)
+            judged_p = labels_pc.sum(dim=1)
+            kept = judged_p >= LEAST_JUDGED
+            found = features_pf[kept], labels_pc[kept] / judged_p[kept, None]
+            self._slices[number] = found
+            if len(self._slices) * self._locations > _KEPT_LOCATIONS:
+                self._slices.popitem(last=False)
+        self._slices.move_to_end(number)
+        return found
+
+    def _soft_labels(self, s: int) -> np.ndarray:
+        if s not in self._cells:
+            support = self._supports[s]
+            cell = support.frames.size // int(support.embeddings.top(0).shape[-1])
+            self._cells[s] = support.frames.soft_cells(support.label_zyx, (0, *self._class_values), cell)
+        return self._cells[s]
+
+    def _soft_half_labels(self, s: int) -> np.ndarray:
+        if s not in self._half_labels:
+            support = self._supports[s]
+            cell = support.frames.size // (2 * int(support.embeddings.top(0).shape[-1]))
+            self._half_labels[s] = support.frames.soft_cells(support.label_zyx, (0, *self._class_values), cell)
+        return self._half_labels[s]
