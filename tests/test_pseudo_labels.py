@@ -10,6 +10,9 @@ import pytest
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.labeller import write_probabilities
+from nnunet_sam2.labelling.quality.calibration import Calibration
+from nnunet_sam2.labelling.quality.features import Features
+from nnunet_sam2.labelling.quality.trust import spread_quality
 from nnunet_sam2.rounds.pseudo_labels import Fused, fuse_cases, mean_dice_by_class
 from nnunet_sam2.volumes import read_label, read_map, write_label
 
@@ -111,6 +114,106 @@ def test_an_empty_label_is_written_but_left_out_of_the_round_with_the_reason(coh
     assert empty not in fused.used_cases
     assert "empty" in fused.left_out[empty]
     assert (tmp_path / "out" / f"{empty}.nii.gz").is_file()
+
+
+def _confidence(cohort: Cohort, out: Path, case_id: str) -> np.ndarray:
+    return read_map(out / "confidence" / f"{case_id}{cohort.file_ending}")[0]
+
+
+def test_a_class_below_the_least_quality_is_not_learnt_from_and_is_no_background_either(
+    cohort: Cohort, tmp_path: Path
+) -> None:
+    labels = _boxes(cohort, 0)
+    sam2 = _source(cohort, tmp_path / "sam2", labels, sure=0.9)
+    weak, fine = (case.case_id for case in cohort.unlabelled)
+    estimates = {weak: {1: 0.2, 2: 0.8}, fine: {1: 0.8, 2: 0.8}}
+    out = tmp_path / "out"
+    fused = _fuse(cohort, sam2, None, out, sam2_estimates=estimates, least_quality=0.3)
+    assert fused.used_cases == (weak, fine)
+    assert fused.distrusted == {weak: (1,)}
+    assert fused.estimates == estimates
+    confidence = _confidence(cohort, out, weak)
+    np.testing.assert_array_equal(confidence[labels[weak] == 1], 0)
+    assert confidence[labels[weak] == 2].min() > 0.2
+    assert confidence[labels[weak] == 0].min() > 0
+    # The label itself is written as it was drawn.
+    np.testing.assert_array_equal(read_label(out / f"{weak}{cohort.file_ending}")[0], labels[weak])
+    assert _confidence(cohort, out, fine)[labels[fine] == 1].min() > 0.2
+
+
+def test_where_a_distrusted_class_may_also_be_nothing_is_learnt(cohort: Cohort, tmp_path: Path) -> None:
+    sam2 = _source(cohort, tmp_path / "sam2", _boxes(cohort, 0), sure=0.75)
+    name = cohort.unlabelled[0].case_id
+    fused = _fuse(cohort, sam2, None, tmp_path / "out", sam2_estimates={name: {1: 0.1, 2: 0.9}}, least_quality=0.3)
+    assert fused.distrusted == {name: (1,)}
+    # Every voxel has class 1 with an eighth at least.
+    assert _confidence(cohort, tmp_path / "out", name).max() == 0
+
+
+def test_a_case_without_a_class_worth_learning_is_left_out_with_the_reason(cohort: Cohort, tmp_path: Path) -> None:
+    sam2 = _source(cohort, tmp_path / "sam2", _boxes(cohort, 0), sure=0.9)
+    bad, other = (case.case_id for case in cohort.unlabelled)
+    estimates = {bad: {1: 0.2, 2: 0.1}, other: {1: 0.4, 2: None}}
+    fused = _fuse(cohort, sam2, None, tmp_path / "out", sam2_estimates=estimates, least_quality=0.3)
+    assert fused.used_cases == (other,)
+    assert "below 0.3" in fused.left_out[bad]
+    assert "class 1: 0.20, class 2: 0.10" in fused.left_out[bad]
+    assert Fused.from_json(tmp_path / "out", fused.to_json(), digest="") == fused
+    everything = _fuse(cohort, sam2, None, tmp_path / "all", sam2_estimates=estimates)
+    assert everything.used_cases == (bad, other)
+
+
+def test_confidence_is_scaled_alike_on_both_sides_of_a_border(cohort: Cohort, tmp_path: Path) -> None:
+    labels = _boxes(cohort, 0)
+    name = cohort.unlabelled[0].case_id
+    one_hot = np.stack([labels[name] == v for v in (0, 1, 2)]).astype(np.float32)
+    sam2 = _source(cohort, tmp_path / "sam2", labels, sure=1.0)
+    write_probabilities(sam2 / "probabilities" / f"{name}.npz", 0.9 * one_hot + np.float32(0.1) * one_hot[[1, 0, 2]])
+    _fuse(cohort, sam2, None, tmp_path / "plain")
+    _fuse(cohort, sam2, None, tmp_path / "scaled", sam2_estimates={name: {1: 0.5, 2: 0.9}})
+    plain, scaled = (_confidence(cohort, tmp_path / out, name) for out in ("plain", "scaled"))
+    for mask in (labels[name] == 1, (labels[name] == 0) & (plain < 0.99)):
+        assert (scaled[mask] / plain[mask]).mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_each_case_is_fused_by_its_own_estimates(cohort: Cohort, tmp_path: Path) -> None:
+    here, there = _boxes(cohort, 0), _boxes(cohort, 3)
+    sam2 = _source(cohort, tmp_path / "sam2", here, sure=0.9)
+    student = _source(cohort, tmp_path / "student", there, sure=0.9)
+    good, failed = (case.case_id for case in cohort.unlabelled)
+
+    def seen(level: float) -> dict[int, Features]:
+        found = Features(voxels=9, shown_in=1.0, reverse={"a": level}, agreement={"a": level}, inside=level)
+        return {1: found, 2: found}
+
+    _fuse(
+        cohort,
+        sam2,
+        student,
+        tmp_path / "out",
+        sam2_estimates={good: {1: 0.9, 2: 0.9}, failed: {1: 0.1, 2: 0.1}},
+        student_seen={good: seen(0.5), failed: seen(0.8)},
+        calibration=Calibration(class_values=cohort.class_values),
+        validation={1: 0.7, 2: 0.7},
+        validation_cases=50,
+    )
+    for name, expected in ((good, here), (failed, there)):
+        written, _ = read_label(tmp_path / "out" / f"{name}{cohort.file_ending}")
+        np.testing.assert_array_equal(written, expected[name])
+
+
+def test_a_students_level_is_spread_over_its_cases_and_a_missed_class_stands_at_nothing() -> None:
+    def seen(level: float) -> dict[int, Features]:
+        return {
+            1: Features(voxels=9, shown_in=1.0, reverse={"a": level}, inside=level),
+            2: Features(voxels=0, shown_in=1.0),
+            3: Features(voxels=0, shown_in=0.5),
+        }
+
+    cases = {"worst": seen(0.3), "middle": seen(0.6), "best": seen(0.8)}
+    table = spread_quality({1: 0.7, 2: 0.7, 3: 0.7}, cases, Calibration(class_values=(1, 2, 3)))
+    assert table["middle"] == {1: pytest.approx(0.7), 2: 0.0, 3: None}
+    assert (table["worst"][1] or 0) < 0.5 < 0.8 < (table["best"][1] or 0)
 
 
 def test_the_record_survives_the_way_through_json(cohort: Cohort, tmp_path: Path) -> None:

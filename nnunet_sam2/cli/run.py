@@ -63,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS.validation_drop,
         help="stop when validation Dice falls this far below the best (default: %(default)s)",
     )
+    parser.add_argument(
+        "--least-quality",
+        type=float,
+        default=_DEFAULTS.least_quality,
+        help="estimated Dice below which a class of a case is not learnt from in a round (default: %(default)s)",
+    )
     parser.add_argument("--skip-baseline", action="store_true", help="leave out round 0, nnU-Net on the labels alone")
     parser.add_argument(
         "--profile",
@@ -111,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
         mean_change=args.mean_change,
         worst_tenth_change=args.worst_tenth_change,
         validation_drop=args.validation_drop,
+        least_quality=args.least_quality,
         skip_baseline=args.skip_baseline,
         pseudo_per_batch=args.pseudo_per_batch,
         num_epochs=args.num_epochs,

@@ -36,6 +36,8 @@ class RunOptions:
     mean_change: float = 0.01
     worst_tenth_change: float = 0.05
     validation_drop: float = 0.02
+    least_quality: float = 0.3
+    """Estimated Dice below which a class of a case is not learnt from; a case without another class is left out."""
     skip_baseline: bool = False
     pseudo_per_batch: float = 0.5
     num_epochs: int | None = None
@@ -58,7 +60,7 @@ class RunOptions:
             raise InputError("--pseudo-per-batch must lie between 0 and 1")
         if self.branch is not None and not re.fullmatch(r"[A-Za-z0-9]+", self.branch):
             raise InputError(f"--branch {self.branch}: use letters and digits")
-        for name in ("mean_change", "worst_tenth_change", "validation_drop"):
+        for name in ("mean_change", "worst_tenth_change", "validation_drop", "least_quality"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{name.replace('_', '-')} must lie between 0 and 1")
         for name in ("num_epochs", "num_iterations_per_epoch", "threads"):

@@ -12,6 +12,10 @@ import numpy as np
 from nnunet_sam2.cohort.cohort import Case, Cohort
 from nnunet_sam2.labelling.components import single_component_classes
 from nnunet_sam2.labelling.fusion import FusionOptions, fuse_sources
+from nnunet_sam2.labelling.leave_one_out import DiceTable
+from nnunet_sam2.labelling.quality.calibration import Calibration
+from nnunet_sam2.labelling.quality.features import CaseFeatures
+from nnunet_sam2.labelling.quality.trust import fused_estimate, judge, spread_quality, trusted_confidence
 from nnunet_sam2.progress import track
 from nnunet_sam2.rounds.convergence import Change, class_change, summarise_change
 from nnunet_sam2.storage import write_json
@@ -33,10 +37,14 @@ class Fused:
     """Cases that it does not train on, with the reason."""
     change: Change | None
     quality: dict[str, dict[int, float]]
-    """Estimated Dice a source and class, which the fusion was weighted by."""
+    """Estimated Dice a source and class over the cohort, which weighted the fusion of cases without their own."""
     voxels: dict[str, dict[int, int]]
     confidence: dict[str, float]
     """Mean confidence of a case over the voxels that are not certain background."""
+    estimates: dict[str, DiceTable]
+    """Estimated Dice of every case and class of the fused labels; None where nothing is known."""
+    distrusted: dict[str, tuple[int, ...]]
+    """Classes of used cases whose estimate is below the least: none of their voxels is learnt from."""
     digest: str = ""
 
     def files(self, file_ending: str) -> tuple[Path, ...]:
@@ -55,6 +63,8 @@ class Fused:
             "quality": _text_keys(self.quality),
             "voxels": _text_keys(self.voxels),
             "confidence": self.confidence,
+            "estimates": _text_keys(self.estimates),
+            "distrusted": {name: list(values) for name, values in self.distrusted.items()},
         }
 
     @classmethod
@@ -70,6 +80,8 @@ class Fused:
             quality=_int_keys(value["quality"]),
             voxels=_int_keys(value["voxels"]),
             confidence=dict(value["confidence"]),
+            estimates=_int_keys(value["estimates"]),
+            distrusted={name: tuple(values) for name, values in value["distrusted"].items()},
             digest=digest,
         )
 
@@ -107,16 +119,27 @@ def fuse_cases(
     validation_cases: int,
     out: Path,
     previous: Path | None,
+    sam2_estimates: Mapping[str, DiceTable] | None = None,
+    student_seen: Mapping[str, CaseFeatures] | None = None,
+    calibration: Calibration | None = None,
+    least_quality: float = 0.0,
 ) -> Fused:
     """Fuse the sources of every unlabelled case into ``out`` and compare with the labels in ``previous``.
 
     ``sam2`` and ``student`` hold label maps (and ``sam2/probabilities``); ``student_probabilities`` holds the
     student's probabilities, or what SAM 2 made of them when prompted with its predictions.
+
+    ``sam2_estimates`` holds the estimated Dice of SAM 2's labels by case and class; ``student_seen`` what was seen of
+    the student's, whose known level ``calibration`` then spreads over the cases. Where there is such an estimate, it
+    stands in place of the cohort's in the weights, and the case's confidence is scaled by what comes out. A class whose
+    fused estimate is below ``least_quality`` is not learnt from in that case, and a case all of whose classes are so is
+    left out.
     """
     values = cohort.class_values
     human = [read_label(cohort.label_path(case))[0] for case in cohort.labelled]
     options = FusionOptions(single_component_classes=single_component_classes(human, values))
     ending = cohort.file_ending
+    by_case = {SAM2: sam2_estimates} if sam2_estimates else {}
     quality: dict[str, dict[int, float]] = {SAM2: {v: sam2_quality.get(v, 0.5) for v in values}}
     if student is not None:
         agreement = mean_dice_by_class(cohort, cohort.unlabelled, student, reference=sam2)
@@ -126,24 +149,40 @@ def fuse_cases(
             validation_cases=validation_cases,
             agreement={v: agreement.get(v, 0.0) for v in values},
         )
+        if student_seen and calibration is not None:
+            by_case[STUDENT] = spread_quality(quality[STUDENT], student_seen, calibration)
 
     changes: dict[str, dict[int, float]] = {}
     voxels: dict[str, dict[int, int]] = {}
     confidence: dict[str, float] = {}
     left_out: dict[str, str] = {}
+    estimates: dict[str, DiceTable] = {}
+    distrusted: dict[str, tuple[int, ...]] = {}
     for case in track(cohort.unlabelled, what="fusing labels"):
         name = case.case_id
         sources = {SAM2: read_probabilities(sam2 / PROBABILITIES / f"{name}.npz")}
         if student_probabilities is not None:
             sources[STUDENT] = read_probabilities(student_probabilities / f"{name}.npz")
-        fused = fuse_sources(sources, values, quality=quality, options=options)
-        write_label(out / f"{name}{ending}", fused.label_zyx, case.geometry)
-        write_map(out / "confidence" / f"{name}{ending}", fused.confidence_zyx, case.geometry)
+        own = {source: _of_case(quality[source], by_case.get(source, {}).get(name)) for source in sources}
+        fused = fuse_sources(sources, values, quality=own, options=options)
         voxels[name] = {v: int((fused.label_zyx == v).sum()) for v in values}
         doubtful = (fused.label_zyx > 0) | (fused.confidence_zyx < 0.99)
-        confidence[name] = round(float(fused.confidence_zyx[doubtful].mean()), 4) if doubtful.any() else 1.0
+        trusted_zyx = fused.confidence_zyx
+        if any(name in table for table in by_case.values()):
+            weights = {source: _weights(fused.record["sources"][source]) for source in sources}
+            verdict = judge(fused_estimate(own, weights, voxels[name]), least_quality)
+            trusted_zyx = trusted_confidence(trusted_zyx, fused.label_zyx, fused.prob_czyx, values, verdict)
+            estimates[name] = {v: None if d is None else round(d, 4) for v, d in verdict.estimate.items()}
+            if verdict.reason:
+                left_out[name] = verdict.reason
+            elif verdict.failed:
+                distrusted[name] = verdict.failed
+        write_label(out / f"{name}{ending}", fused.label_zyx, case.geometry)
+        write_map(out / "confidence" / f"{name}{ending}", trusted_zyx, case.geometry)
+        confidence[name] = round(float(trusted_zyx[doubtful].mean()), 4) if doubtful.any() else 1.0
         if not any(voxels[name].values()):
             left_out[name] = "its label is empty: nnU-Net would learn it as background"
+            distrusted.pop(name, None)
         if previous is not None:
             before, _ = read_label(previous / f"{name}{ending}")
             changes[name] = class_change(before, fused.label_zyx, values)
@@ -155,6 +194,8 @@ def fuse_cases(
         quality=quality,
         voxels=voxels,
         confidence=confidence,
+        estimates=estimates,
+        distrusted=distrusted,
     )
     write_json(out / "round.json", result.to_json())
     return result
@@ -178,6 +219,15 @@ def mean_dice_by_class(
         for value, changed in class_change(other, mine, cohort.class_values).items():
             dices.setdefault(value, []).append(1.0 - changed)
     return {value: float(np.mean(found)) for value, found in sorted(dices.items())}
+
+
+def _of_case(cohort: Mapping[int, float], case: DiceTable | None) -> DiceTable:
+    """Return a case's own estimates; classes that they do not name have the cohort's."""
+    return {value: dice if case is None or value not in case else case[value] for value, dice in cohort.items()}
+
+
+def _weights(record: Mapping[str, Any]) -> dict[int, float]:
+    return {int(value): weight for value, weight in record["weights"].items()}
 
 
 def _text_keys(table: Mapping[str, Mapping[int, Any]]) -> dict[str, dict[str, Any]]:

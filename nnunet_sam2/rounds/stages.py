@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_sam2.labelling.labeller import label_cases, label_files
-from nnunet_sam2.labelling.leave_one_out import estimated_quality
+from nnunet_sam2.labelling.leave_one_out import DiceTable, estimated_quality
+from nnunet_sam2.labelling.quality.calibration import Calibration
+from nnunet_sam2.labelling.quality.folder import measure_folder, read_folder
+from nnunet_sam2.labelling.quality.options import QualityOptions
+from nnunet_sam2.labelling.quality.record import calibration_of, read_estimates
+from nnunet_sam2.labelling.records import record_path
 from nnunet_sam2.labelling.registry import make_strategy
 from nnunet_sam2.rounds import nnunet
 from nnunet_sam2.rounds.context import RunContext
 from nnunet_sam2.rounds.ledger import StageResult
 from nnunet_sam2.rounds.pseudo_labels import Fused, fuse_cases
+from nnunet_sam2.storage import read_json
 from nnunet_sam2.support.library import PROBABILITIES
 
 
@@ -37,6 +43,9 @@ class SupportLabels:
     folder: Path
     quality: dict[int, float]
     """Dice of each class on labelled cases, each labelled from the others; empty where there is just one."""
+    estimates: dict[str, DiceTable]
+    """Estimated Dice of each unlabelled case and class."""
+    calibration: Calibration
     digest: str
 
 
@@ -91,30 +100,46 @@ class Stages:
             "seed": self.run.options.seed,
         }
         unlabelled = [c.case_id for c in self.run.cohort.unlabelled]
-
-        def label() -> StageResult:
-            _, files = self._label(unlabelled, self.run.support_ids, self.run.options.strategy, out / "unlabelled")
-            return StageResult(files=files, info={"sam2": self.run.backend.spec.origin, "cases": len(unlabelled)})
-
-        labelled = self.run.ledger.run_stage(
-            "setup/sam2",
-            inputs,
-            label,
-            what=f"SAM 2 labels {len(unlabelled)} cases from {len(self.run.support_ids)} supports",
-        )
+        checkable = [c.case_id for c in self.run.cohort.labelled if set(self.run.support_ids) - {c.case_id}]
 
         def check() -> StageResult:
-            checkable = [c.case_id for c in self.run.cohort.labelled if set(self.run.support_ids) - {c.case_id}]
-            records, files = self._label(checkable, self.run.support_ids, self.run.options.strategy, out / "labelled")
+            records, files = self._label(
+                checkable, self.run.support_ids, self.run.options.strategy, out / "labelled", calibrate_on=checkable
+            )
             quality = estimated_quality(records, self.run.cohort.class_values)
             return StageResult(files=files, info={"dice": {str(v): d for v, d in quality.items() if d is not None}})
 
         checked = self.run.ledger.run_stage(
-            "setup/sam2_quality", inputs, check, what="SAM 2 labels the labelled cases too, each from the others"
+            "setup/sam2_quality",
+            {**inputs, "quality": QualityOptions().looked_at},
+            check,
+            what="SAM 2 labels the labelled cases, each from the others: the estimates of all others follow them",
+        )
+        calibration = calibration_of(
+            [read_json(record_path(out / "labelled", case_id)) for case_id in checkable], self.run.cohort.class_values
+        )
+
+        def label() -> StageResult:
+            _, files = self._label(
+                unlabelled,
+                self.run.support_ids,
+                self.run.options.strategy,
+                out / "unlabelled",
+                calibration=calibration,
+            )
+            return StageResult(files=files, info={"sam2": self.run.backend.spec.origin, "cases": len(unlabelled)})
+
+        labelled = self.run.ledger.run_stage(
+            "setup/sam2",
+            {**inputs, "quality": checked["digest"]},
+            label,
+            what=f"SAM 2 labels {len(unlabelled)} cases from {len(self.run.support_ids)} supports",
         )
         return SupportLabels(
             folder=out / "unlabelled",
             quality={int(value): dice for value, dice in checked["info"]["dice"].items()},
+            estimates={c: read_estimates(read_json(record_path(out / "unlabelled", c))) for c in unlabelled},
+            calibration=calibration,
             digest=labelled["digest"],
         )
 
@@ -292,6 +317,37 @@ class Stages:
             what=f"the student segments {len(cases)} cases",
         )
 
+    def judge(self, student: Student) -> str:
+        """Look at the student's labels as at SAM 2's, from the supports; return the stage's digest."""
+        cases = [c.case_id for c in self.run.cohort.unlabelled]
+
+        def work() -> StageResult:
+            files = measure_folder(
+                self.run.cohort,
+                cases,
+                support_ids=self.run.support_ids,
+                backend=self.run.backend,
+                labels=self.run.round_folder(student.number) / "student",
+                out=self._judged(student),
+            )
+            return StageResult(files=files)
+
+        predicted = self.run.digest(f"r{student.number:02d}/predict")
+        inputs = {
+            "predicted": predicted,
+            "supports": self.run.support_ids,
+            "sam2": self.run.sam2_identity,
+            "image_size": self.run.options.image_size,
+            "quality": QualityOptions().looked_at,
+        }
+        done = self.run.ledger.run_stage(
+            f"r{student.number:02d}/quality",
+            inputs,
+            work,
+            what=f"the student's labels of {len(cases)} cases are judged",
+        )
+        return str(done["digest"])
+
     # -- what the stages share ----------------------------------------------------------------------------------
 
     def _fuse(
@@ -307,9 +363,15 @@ class Stages:
         what: str,
     ) -> Fused:
         validation = self._quality_by_value(student) if student else {}
+        judged = self.judge(student) if student else None
+        unlabelled = [c.case_id for c in self.run.cohort.unlabelled]
+        # Estimates that nobody calibrated weigh and scale, but are no ground to leave anything out.
+        least = self.run.options.least_quality if supports.calibration.calibrated else 0.0
         inputs = {
             "supports": supports.digest,
             "student": student.digest if student else None,
+            "judged": judged,
+            "least_quality": least,
             "refined": refined is not None,
             "sam2_quality": {str(v): q for v, q in supports.quality.items()},
             "validation": {str(v): q for v, q in validation.items()},
@@ -328,6 +390,10 @@ class Stages:
                 validation_cases=len(self.run.validation_ids),
                 out=out,
                 previous=previous.folder if previous else None,
+                sam2_estimates=supports.estimates,
+                student_seen=read_folder(self._judged(student), unlabelled) if student else None,
+                calibration=supports.calibration,
+                least_quality=least,
             )
             return StageResult(files=fused.files(self.run.cohort.file_ending), info={**info, **fused.to_json()})
 
@@ -342,6 +408,8 @@ class Stages:
         out: Path,
         *,
         student_probabilities: Path | None = None,
+        calibration: Calibration | None = None,
+        calibrate_on: Sequence[str] = (),
     ) -> tuple[list[dict[str, Any]], tuple[Path, ...]]:
         settings = self.run.options.strategy_options if strategy == self.run.options.strategy else {}
         records = label_cases(
@@ -354,10 +422,16 @@ class Stages:
             seed=self.run.options.seed,
             save_probabilities=True,
             student_probabilities=student_probabilities,
+            quality=QualityOptions() if calibration is not None or calibrate_on else None,
+            calibration=calibration,
+            calibrate_on=calibrate_on,
         )
         ending = self.run.cohort.file_ending
         files = tuple(path for case_id in case_ids for path in label_files(out, case_id, ending, probabilities=True))
         return records, files
+
+    def _judged(self, student: Student) -> Path:
+        return self.run.round_folder(student.number) / "student" / "quality"
 
     def _quality_by_value(self, student: Student) -> dict[int, float]:
         """Give each label value the validation Dice of its class, or the mean of the regions that hold it."""

@@ -29,6 +29,10 @@ class RoundState:
     validation_by_class: dict[str, float]
     quality: dict[str, dict[str, float]]
     """Estimated Dice of SAM 2 and of the student, a class, by which the round's labels were fused."""
+    left_out: int
+    """Cases that the round does not train on."""
+    distrusted: int
+    """Classes of the other cases that it does not learn, a case and a class each."""
     iterations: int | None
     seconds: float
 
@@ -150,6 +154,8 @@ def _round(done: dict[str, dict[str, Any]], name: str) -> RoundState:
         validation_dice=train.get("validation_dice"),
         validation_by_class=train.get("validation_by_class", {}),
         quality=fuse.get("quality", {}),
+        left_out=len(fuse.get("left_out", {})),
+        distrusted=sum(len(values) for values in fuse.get("distrusted", {}).values()),
         iterations=train.get("iterations"),
         seconds=sum(event["seconds"] for event in stages.values()),
     )
