@@ -172,8 +172,35 @@ def write_table(results: Path, page: Path) -> None:
         set_name, supports, *how = key.split("/")
         for task, entry in row.items():
             by_set.setdefault(f"{set_name} ({', '.join(how)})", {}).setdefault(task, {})[supports] = entry
-    tables = "\n".join(_table(name, rows) for name, rows in by_set.items())
+    tables = "\n".join([_gains(by_set), *(_table(name, rows) for name, rows in by_set.items())]) if by_set else ""
     replace_marked(page, "sam2", tables or "Not run yet.")
+
+
+def _gains(by_set: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Return what each checkpoint's best strategy gains on the better of the two baselines, set by set."""
+    models = sorted({task.rpartition(": ")[0] for rows in by_set.values() for task in rows if task not in BASELINES})
+    lines = ["### Gain of the best strategy on the better baseline", ""]
+    lines += ["| checkpoint | set | supports | better baseline | best strategy | gain |", "|---|---|---|---|---|---|"]
+    for model in models:
+        gains = []
+        for name, rows in by_set.items():
+            for count in sorted({c for row in rows.values() for c in row}, key=int):
+                learnt = {
+                    t: row[count]["mean"] for t, row in rows.items() if t.startswith(f"{model}: ") and count in row
+                }
+                plain = {t: rows[t][count]["mean"] for t in BASELINES if count in rows.get(t, {})}
+                if not learnt or not plain:
+                    continue
+                best, baseline = max(learnt, key=lambda t: learnt[t]), max(plain, key=lambda t: plain[t])
+                gains.append(learnt[best] - plain[baseline])
+                strategy = best.removeprefix(f"{model}: ")
+                lines.append(
+                    f"| {model} | {name.split(' ')[0]} | {count} | {baseline} {plain[baseline]:.3f} | "
+                    f"{strategy} {learnt[best]:.3f} | {gains[-1]:+.3f} |"
+                )
+        if gains:
+            lines.append(f"| {model} | **mean** | | | | **{np.mean(gains):+.3f}** |")
+    return "\n".join([*lines, ""])
 
 
 def _table(name: str, rows: dict[str, dict[str, Any]]) -> str:

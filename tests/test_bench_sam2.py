@@ -100,7 +100,10 @@ def test_the_table_goes_between_the_markers_and_leaves_the_rest(tmp_path: Path):
     assert "old" not in text
     assert "| copy | 0.500 |  | 1.0 |" in text
     assert "| model, 256 px: transfer | 0.500 | 0.750 | 1.0 |" in text
-    assert text.index("| copy |") < text.index("| model")
+    assert text.index("| copy |") < text.index("| model, 256 px: transfer |")
+    # Eight supports have no baseline to gain on.
+    assert "| model, 256 px | ddsm_tissue | 1 | copy 0.500 | transfer 0.500 | +0.000 |" in text
+    assert "| model, 256 px | ddsm_tissue | 8 |" not in text
 
 
 def test_a_page_without_the_markers_is_refused(tmp_path: Path):
