@@ -29,6 +29,7 @@ def test_label_writes_all_unlabelled_cases_and_checks_the_supports(
         assert record["options"]["neighbours"] == 9
     printed = capsys.readouterr().out
     assert "Dice with human labels" in printed
+    assert "calibrated on 3 labelled cases" in printed
     assert str(out) in printed
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nnunet_sam2.labelling.registry import STRATEGIES, make_strategy, parse_settings
 from nnunet_sam2.sam2.weights.registry import EMBEDDED
@@ -52,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="probabilities CASE.npz of a trained network, for 'prompted' and 'refine'",
     )
+    parser.add_argument(
+        "--quality",
+        default="calibrated",
+        choices=["calibrated", "plain", "off"],
+        help="estimate each label's Dice: calibrated on up to eight supports (all with --check), which are labelled "
+        "first, each from the others; plain: without that; off: not at all (default: %(default)s)",
+    )
     parser.add_argument("--image-size", type=int, help="SAM 2 input size in pixels (default: the checkpoint's)")
     parser.add_argument("--device", "-device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
@@ -78,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_sam2.folders import find_dataset
     from nnunet_sam2.labelling.fusion import FusionOptions
     from nnunet_sam2.labelling.labeller import label_cases
-    from nnunet_sam2.labelling.leave_one_out import estimated_quality
+    from nnunet_sam2.labelling.leave_one_out import estimated_quality, mean_dice
+    from nnunet_sam2.labelling.quality.options import QualityOptions
+    from nnunet_sam2.labelling.quality.record import read_estimates
     from nnunet_sam2.progress import say
     from nnunet_sam2.sam2.backend import load_backend
     from nnunet_sam2.support.library import choose_supports
@@ -102,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
     )
     say(f"SAM 2: {backend.spec.origin}, {backend.spec.image_size} pixels")
+    quality = QualityOptions() if args.quality != "off" else None
     records = label_cases(
         cohort=cohort,
         case_ids=cases,
@@ -113,16 +125,46 @@ def run(args: argparse.Namespace) -> int:
         save_probabilities=args.save_probabilities,
         student_probabilities=args.student,
         fusion=FusionOptions(components=args.components),
+        quality=quality,
+        calibrate_on=_calibrating(args, strategy, supports, cases) if args.quality == "calibrated" else (),
     )
-    quality = estimated_quality(records, cohort.class_values)
-    if any(dice is not None for dice in quality.values()):
-        shown = ", ".join(f"{value}: {'-' if dice is None else f'{dice:.3f}'}" for value, dice in quality.items())
-        say(f"Dice with human labels, each case labelled from the others: {shown}")
+    measured = estimated_quality(records, cohort.class_values)
+    if any(dice is not None for dice in measured.values()):
+        say(f"Dice with human labels, each case labelled from the others: {_by_class(measured)}")
+    judged = [record for record in records if read_estimates(record)]
+    if judged:
+        known = judged[0]["quality"]
+        how = (
+            f"calibrated on {len(known['calibration_cases'])} labelled cases" if known["calibrated"] else "uncalibrated"
+        )
+        means = mean_dice([read_estimates(record) for record in judged], cohort.class_values)
+        say(f"estimated Dice, mean of {len(judged)} cases ({how}): {_by_class(means)}")
     empty = [record["case"] for record in records if not any(record["voxels"].values())]
     if empty:
         say(f"nothing was found in {len(empty)} of {len(records)} cases: {', '.join(empty[:10])}")
     say(f"labelled {len(records)} cases from {len(supports)} supports: {out}")
     return 0
+
+
+def _calibrating(
+    args: argparse.Namespace, strategy: Any, supports: Sequence[str], cases: Sequence[str]
+) -> Sequence[str]:
+    """Return the supports to calibrate on, evenly spread over them; none where there are no two."""
+    from nnunet_sam2.labelling.quality.options import QualityOptions
+
+    usable = list(supports)
+    if getattr(strategy, "uses_student", False) and args.student is not None:
+        usable = [case_id for case_id in supports if (args.student / f"{case_id}.npz").is_file()]
+    if len(usable) < 2:
+        return ()
+    if args.check:
+        return [case_id for case_id in usable if case_id in set(cases)]
+    most = min(len(usable), QualityOptions().calibration_cases)
+    return [usable[round(i * (len(usable) - 1) / max(1, most - 1))] for i in range(most)]
+
+
+def _by_class(table: Mapping[int, float | None]) -> str:
+    return ", ".join(f"{value}: {'-' if dice is None else f'{dice:.3f}'}" for value, dice in table.items())
 
 
 def _explain(args: argparse.Namespace) -> int:

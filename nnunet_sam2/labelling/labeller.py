@@ -21,7 +21,7 @@ from nnunet_sam2.labelling.quality.calibration import Calibration
 from nnunet_sam2.labelling.quality.options import QualityOptions
 from nnunet_sam2.labelling.quality.probe import QualityProbe
 from nnunet_sam2.labelling.quality.record import calibration_of, quality_record, read_features
-from nnunet_sam2.labelling.records import record_path
+from nnunet_sam2.labelling.records import CALIBRATION, record_path
 from nnunet_sam2.labelling.registry import options_json
 from nnunet_sam2.labelling.strategy import BringsFusion, Limits, Prepares, PreparesCohort, Strategy
 from nnunet_sam2.progress import track
@@ -37,9 +37,6 @@ from nnunet_sam2.support.library import (
 from nnunet_sam2.volumes import write_label, write_map
 
 CONFIDENCE = "confidence"
-
-CALIBRATION = "calibration"
-"""Folder in a folder of labels: labelled cases that were labelled to calibrate the others' estimated quality."""
 
 _VERSION = 1
 """Raised when the same inputs give other labels than before, so that old ones are not taken for current."""
@@ -73,11 +70,16 @@ def label_cases(
 
     With ``quality`` the records also say how good each class is taken to be. The estimates follow ``calibration``;
     ``calibrate_on`` names labelled cases to be labelled first, for the calibration of the others (in
-    ``OUT/calibration`` where they are not among ``case_ids``). With neither they are not calibrated, and say so. The
-    labelled cases that calibrate have no estimates of their own.
+    ``OUT/calibration`` where they are not among ``case_ids``; those that the strategy cannot label are passed by). With
+    neither they are not calibrated, and say so. The labelled cases that calibrate have no estimates of their own.
     """
-    asked = [*case_ids, *(case_id for case_id in calibrate_on if case_id not in set(case_ids))]
-    _check(cohort, asked, support_ids, strategy, backend, student_probabilities)
+    _check(cohort, case_ids, support_ids, strategy, backend, student_probabilities)
+    calibrating = [
+        case_id
+        for case_id in calibrate_on
+        if case_id in set(case_ids)
+        or _can_label(cohort, case_id, support_ids, strategy, backend, student_probabilities)
+    ]
     job = _Job(
         cohort=cohort,
         support_ids=tuple(support_ids),
@@ -94,11 +96,10 @@ def label_cases(
     )
     ready = _Ready(job)
     records = {}
-    if quality is not None and calibrate_on:
+    if quality is not None and calibrating:
         aside = dataclasses.replace(job, out=out / CALIBRATION, save_probabilities=False)
-        first = [case_id for case_id in case_ids if case_id in set(calibrate_on)]
-        records = _label_all(job, first, ready)
-        others = _label_all(aside, [case_id for case_id in calibrate_on if case_id not in records], ready)
+        records = _label_all(job, [case_id for case_id in case_ids if case_id in set(calibrating)], ready)
+        others = _label_all(aside, [case_id for case_id in calibrating if case_id not in records], ready)
         calibration = calibration_of([*records.values(), *others.values()], cohort.class_values, quality)
     if quality is not None and calibration is None:
         calibration = Calibration(class_values=cohort.class_values, options=quality)
@@ -385,6 +386,15 @@ def _check(
             raise InputError(
                 f"{student_probabilities / missing[0]}.npz is missing: the student has not predicted it yet"
             )
+
+
+def _can_label(cohort: Cohort, case_id: str, *more: Any) -> bool:
+    """Say whether a case that nobody asked for can be labelled."""
+    try:
+        _check(cohort, [case_id], *more)
+    except InputError:
+        return False
+    return True
 
 
 def _sam2_identity(backend: Sam2Backend) -> dict[str, Any]:

@@ -7,6 +7,9 @@ from pathlib import Path
 MEMBERS = "members"
 """Folder of the records beside the labels."""
 
+CALIBRATION = "calibration"
+"""Folder in a folder of labels: labelled cases that were labelled to calibrate the others' estimated quality."""
+
 ROUND_FILE = "round.json"
 """Record of the labels that a round of a run fused."""
 
@@ -22,8 +25,10 @@ def record_path(out: Path, case_id: str) -> Path:
 def find_records(folder: Path, case_id: str) -> list[Path]:
     """Find a case's records in a folder of labels, a run's folder or the folder of all runs, the oldest first."""
     found = [path for depth in range(_DEPTH) for path in folder.glob(f"{'*/' * depth}{MEMBERS}/*.json")]
-    # Compared as text: a case id may hold what a pattern takes for a wildcard.
-    named = [path for path in found if path.name == f"{case_id}.json"]
+    # Compared as text: a case id may hold what a pattern takes for a wildcard. Nobody asked for what calibrates.
+    named = [
+        path for path in found if path.name == f"{case_id}.json" and CALIBRATION not in path.relative_to(folder).parts
+    ]
     return sorted(named, key=lambda path: (path.stat().st_mtime, path))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,9 @@ class Fused:
     voxels: dict[str, dict[int, int]]
     confidence: dict[str, float]
     """Mean confidence of a case over the voxels that are not certain background."""
-    estimates: dict[str, DiceTable]
+    estimates: dict[str, DiceTable] = field(default_factory=dict)
     """Estimated Dice of every case and class of the fused labels; None where nothing is known."""
-    distrusted: dict[str, tuple[int, ...]]
+    distrusted: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Classes of used cases whose estimate is below the least: none of their voxels is learnt from."""
     digest: str = ""
 

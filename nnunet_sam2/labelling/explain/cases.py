@@ -108,10 +108,29 @@ def _measured(record: Json, value: str, human: Mapping[str, float | None] | None
     agreement = record.get("agreement", {}).get(value)
     if agreement is not None:
         parts.append(f"members agree with the label by Dice {agreement:.2f}")
+    quality = record.get("quality") or {}
+    expected = (quality.get("classes") or {}).get(value, {})
+    if expected.get("dice") is not None:
+        bound = f", {expected['lower']:.2f} at least in {expected['coverage']:.0%}" if expected.get("lower") else ""
+        how = "" if quality["calibrated"] else ", uncalibrated"
+        parts.append(f"estimated Dice {expected['dice']:.2f} ({_seen(quality, value)}{how}{bound})")
     dice = (human or {}).get(value)
     if dice is not None:
         parts.append(f"Dice with the human label {dice:.2f}, which had no part in it")
     return ", ".join(parts)
+
+
+def _seen(quality: Json, value: str) -> str:
+    """Say what an estimate was made of."""
+    seen = quality["features"].get(value, {})
+    if not seen.get("voxels"):
+        return "nothing was found of it"
+    parts = []
+    for key, text in (("reverse", "labels"), ("agreement", "agrees with")):
+        found = seen.get(key) or {}
+        if found:
+            parts.append(f"{text} " + ", ".join(f"{case} {dice:.2f}" for case, dice in found.items()))
+    return "; ".join([*parts, f"probability inside {seen['inside']:.2f}"])
 
 
 def _of_members(strategy: str, members: Sequence[Json], value: str) -> tuple[list[str], list[str]]:
@@ -175,6 +194,10 @@ def _round_text(folder: Path, path: Path, fused: Json, names: Mapping[str, str])
         lines.append(
             f"  class {value} ({name}): {fused['voxels'].get(value, 0)} voxels from {', '.join(sources)}{since}"
         )
+        if value in fused["estimates"]:
+            expected = fused["estimates"][value]
+            distrusted = ", too low to be learnt from" if int(value) in fused["distrusted"] else ""
+            lines.append(f"    estimated Dice of what they were fused to: {_number(expected)}{distrusted}")
     if fused["left_out"]:
         lines.append(f"  left out: not trained on, because {fused['left_out']}")
     return "\n".join(lines)
@@ -188,6 +211,8 @@ def _of_case(fused: Json, case_id: str) -> dict[str, Any]:
         "quality": fused.get("quality", {}),
         "change": ((fused.get("change") or {}).get("by_case") or {}).get(case_id, {}),
         "left_out": fused.get("left_out", {}).get(case_id),
+        "estimates": fused.get("estimates", {}).get(case_id, {}),
+        "distrusted": fused.get("distrusted", {}).get(case_id, []),
     }
 
 
