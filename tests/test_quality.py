@@ -61,10 +61,21 @@ def test_a_sure_and_compact_label_has_better_confidence_features_than_a_vague_on
     vague = np.where(label_zyx == 1, 0.55, 0.45)
     sharp = confidence_features(label_zyx, np.stack([1 - sure, sure]), 1, 1)
     blurred = confidence_features(label_zyx, np.stack([1 - vague, vague]), 1, 1)
-    assert sharp == {"inside": pytest.approx(0.9), "rim": pytest.approx(0.9), "stability": 1.0}
+    assert (sharp["inside"], sharp["rim"], sharp["stability"]) == (pytest.approx(0.9), pytest.approx(0.9), 1.0)
     assert blurred["inside"] == pytest.approx(0.55)
     # Sixteen sure voxels; all sixty-four are possible.
     assert blurred["stability"] == pytest.approx(2 * 16 / (16 + 64))
+
+
+def test_a_ragged_label_is_less_smooth_than_a_round_one_of_the_same_size() -> None:
+    z, y, x = np.ogrid[:12, :12, :12]
+    ball_zyx = ((z - 6) ** 2 + (y - 6) ** 2 + (x - 6) ** 2 <= 16).astype(np.uint8)
+    torn_zyx = np.random.default_rng(0).permuted(ball_zyx, axis=0)
+    found = [confidence_features(m, np.stack([1.0 - m, m]), 1, 1)["smoothness"] for m in (ball_zyx, torn_zyx)]
+    assert found[0] > 0.85
+    assert found[1] < 0.8
+    # In one slice nothing can follow on, and a round picture is smooth.
+    assert confidence_features(ball_zyx[6:7], np.stack([1.0 - ball_zyx[6:7], ball_zyx[6:7]]), 1, 1)["smoothness"] > 0.85
 
 
 def test_sams_own_iou_is_found_wherever_strategies_record_it() -> None:

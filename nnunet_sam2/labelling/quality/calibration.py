@@ -18,16 +18,19 @@ from nnunet_sam2.labelling.leave_one_out import DiceTable
 from nnunet_sam2.labelling.quality.features import CaseFeatures, Features
 from nnunet_sam2.labelling.quality.options import QualityOptions
 
-COLUMNS = ("reverse_least", "reverse_best", "agreement", "inside", "stability", "members", "sam_iou")
+COLUMNS = ("reverse_least", "reverse_best", "agreement", "inside", "stability", "smoothness", "members", "sam_iou")
 
 _PRIOR_SHARES = {"sam_iou": 0.25}
 """Shares of the prior slope, 1 where not named: on real images SAM's own IoU said the least."""
 
-_PRIOR_INTERCEPT = 0.5
-"""How far, in logits, the Dice lies above its features, whose cells are coarser than voxels; measured on two sets."""
+_PRIOR_INTERCEPT = 0.2
+"""How far, in logits, the Dice lies above its features, whose cells are coarser than voxels; seen on real images."""
 
 _LEAST, _MOST = 0.02, 0.98
-_PULL_SLOPES, _PULL_CLASSES, _PULL_INTERCEPT = 5.0, 10.0, 0.1
+_CASE_SHARE = 0.25
+"""Part of the case's mean over its classes in each feature."""
+
+_PULL_SLOPES, _PULL_CLASSES, _PULL_INTERCEPT = 5.0, 5.0, 0.1
 """Strength of the pull to the prior, in observations: few labelled cases move the slopes little, the level a lot."""
 
 _FULL_TRUST = 2
@@ -61,8 +64,8 @@ class Calibration:
 
     ``logit(Dice) = level + level of the class + sum of slopes x logit(feature)``, by least squares with a pull to equal
     slopes that sum to one and with slopes that are never negative, so that no feature can come to speak against what
-    it stands for. Of each feature half is the case's own mean over its classes: what went wrong with one class of a
-    case went wrong with the others. With fewer than two labelled cases the pull is all there is; estimates then say
+    it stands for. A quarter of each feature is its mean over the case's classes: what went wrong with one class of a
+    case went wrong with others. With fewer than two labelled cases the pull is all there is; estimates then say
     that they are not calibrated.
 
     Lower bounds are jackknife+ (Barber et al., Annals of Statistics 2021), one-sided, for each class from its own
@@ -161,14 +164,16 @@ def bound_rank(cases: int, coverage: float) -> int:
 
 
 def columns_of(features: CaseFeatures) -> dict[int, dict[str, float | None]]:
-    """Return each found class's columns in logits, half its own and half the mean of the case's found classes."""
+    """Return each found class's columns in logits, with a part of the mean over the case's found classes."""
     own = {value: _logits(seen) for value, seen in features.items() if seen.voxels}
     table: dict[int, dict[str, float | None]] = {value: {} for value in own}
     for name in COLUMNS:
         known = [columns[name] for columns in own.values() if columns[name] is not None]
         for value, columns in own.items():
             mine = columns[name]
-            table[value][name] = None if mine is None else 0.5 * mine + 0.5 * float(np.mean(known))  # type: ignore[arg-type]
+            table[value][name] = (
+                None if mine is None else (1.0 - _CASE_SHARE) * mine + _CASE_SHARE * float(np.mean(known))  # type: ignore[arg-type]
+            )
     return table
 
 

@@ -10,12 +10,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import binary_dilation, binary_erosion
+from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter
 
 from nnunet_sam2.labelling.member import PseudoLabel
 
 _SURE, _POSSIBLE = 0.5, 1.0 / 3.0
 """Probabilities at which stability is measured; SAM's own score takes logits around 0 in the same way."""
+
+_BLUR_VOXELS = 1.0
+_MARGIN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,8 @@ class Features:
     """Mean probability of the label's own value within one voxel of the class's border; recorded, not used."""
     stability: float | None = None
     """Dice of the label where it is sure with all voxels where the class is possible."""
+    smoothness: float | None = None
+    """Dice of the label with itself after a blur by one voxel: organs are smooth, and slices of them follow on."""
     members: float | None = None
     """Mean Dice of the members with what they were fused to, where there are several."""
     sam_iou: float | None = None
@@ -51,6 +56,7 @@ class Features:
             "agreement": sum(agreed) / len(agreed) if agreed else None,
             "inside": self.inside,
             "stability": self.stability,
+            "smoothness": self.smoothness,
             "members": self.members,
             # As a Dice, like the others.
             "sam_iou": None if self.sam_iou is None else 2.0 * self.sam_iou / (1.0 + self.sam_iou),
@@ -71,15 +77,17 @@ CaseFeatures = dict[int, Features]
 
 
 def confidence_features(label_zyx: np.ndarray, prob_czyx: np.ndarray, channel: int, value: int) -> dict[str, float]:
-    """Compute ``inside``, ``rim`` and ``stability`` of a class that the label has; probabilities are 0 to 1."""
+    """Compute what label and probabilities (0 to 1) say by themselves of a class that the label has."""
     mask_zyx = label_zyx == value
+    crop = _around(mask_zyx)
     prob_zyx = prob_czyx[channel]
     sure = int(np.count_nonzero(mask_zyx & (prob_zyx > _SURE)))
     total = int(np.count_nonzero(mask_zyx)) + int(np.count_nonzero(prob_zyx > _POSSIBLE))
     return {
         "inside": float(prob_zyx[mask_zyx].mean(dtype=np.float64)),
-        "rim": _rim(mask_zyx, prob_zyx),
+        "rim": _rim(mask_zyx[crop], prob_zyx[crop]),
         "stability": 2.0 * sure / total,
+        "smoothness": _smoothness(mask_zyx[crop]),
     }
 
 
@@ -119,11 +127,21 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _rim(mask_zyx: np.ndarray, prob_zyx: np.ndarray) -> float:
+def _around(mask_zyx: np.ndarray) -> tuple[slice, ...]:
+    """Return the box around a mask with a margin that blurring and dilation need."""
     extent = [np.flatnonzero(mask_zyx.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
-    crop = tuple(slice(max(0, int(e[0]) - 1), int(e[-1]) + 2) for e in extent)
-    mask, prob = mask_zyx[crop], prob_zyx[crop]
-    inner = mask & ~binary_erosion(mask, border_value=1)
-    outer = binary_dilation(mask) & ~mask
-    values = np.concatenate([prob[inner], 1.0 - prob[outer]])
-    return float(values.mean(dtype=np.float64)) if len(values) else float(prob[mask].mean(dtype=np.float64))
+    return tuple(slice(max(0, int(e[0]) - _MARGIN), int(e[-1]) + 1 + _MARGIN) for e in extent)
+
+
+def _rim(mask_zyx: np.ndarray, prob_zyx: np.ndarray) -> float:
+    inner = mask_zyx & ~binary_erosion(mask_zyx, border_value=1)
+    outer = binary_dilation(mask_zyx) & ~mask_zyx
+    values = np.concatenate([prob_zyx[inner], 1.0 - prob_zyx[outer]])
+    # A label that fills the whole image has no rim.
+    return float(values.mean(dtype=np.float64)) if len(values) else float(prob_zyx.mean(dtype=np.float64))
+
+
+def _smoothness(mask_zyx: np.ndarray) -> float:
+    smooth_zyx = gaussian_filter(mask_zyx.astype(np.float32), _BLUR_VOXELS, mode="nearest") > 0.5
+    total = int(np.count_nonzero(mask_zyx)) + int(np.count_nonzero(smooth_zyx))
+    return 2.0 * int(np.count_nonzero(mask_zyx & smooth_zyx)) / total
