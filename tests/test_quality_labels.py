@@ -20,9 +20,10 @@ from nnunet_sam2.labelling.labeller import label_cases
 from nnunet_sam2.labelling.member import PseudoLabel
 from nnunet_sam2.labelling.quality.cells import LabelledCells, relabel
 from nnunet_sam2.labelling.quality.features import CaseFeatures
+from nnunet_sam2.labelling.quality.folder import measure_folder, read_folder
 from nnunet_sam2.labelling.quality.options import QualityOptions
 from nnunet_sam2.labelling.quality.probe import QualityProbe
-from nnunet_sam2.labelling.quality.record import calibration_of
+from nnunet_sam2.labelling.quality.record import calibration_of, read_features
 from nnunet_sam2.labelling.records import CALIBRATION
 from nnunet_sam2.labelling.registry import make_strategy
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
@@ -206,6 +207,30 @@ def test_estimates_survive_a_kill_and_another_calibration_labels_nothing_anew(
     assert json.loads((tmp_path / "a" / "members" / f"{case_id}.json").read_text()) == second
     (third,) = _label(cohort, backend, tmp_path / "a", calibrate_on=())
     assert third["quality"]["calibrated"] is False
+
+
+def test_a_folder_of_labels_is_measured_like_labels_that_are_being_made(
+    cohort: Cohort, backend: MetaSam2Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (record,) = _label(cohort, backend, tmp_path / "labels", save_probabilities=True, calibrate_on=())
+    arguments: dict[str, Any] = {
+        "case_ids": [record["case"]],
+        "support_ids": [case.case_id for case in cohort.labelled],
+        "backend": backend,
+        "labels": tmp_path / "labels",
+        "out": tmp_path / "seen",
+    }
+    (path,) = measure_folder(cohort, **arguments)
+    before = path.read_bytes()
+    found, expected = read_folder(tmp_path / "seen", [record["case"]])[record["case"]], read_features(record)
+    for value in cohort.class_values:
+        assert found[value].reverse == expected[value].reverse
+        for name, share in expected[value].columns.items():
+            # Probabilities lie in the folder in steps of 1/255.
+            assert found[value].columns[name] == (None if share is None else pytest.approx(share, abs=0.02))
+    monkeypatch.setattr(backend, "embed", lambda frames: pytest.fail("a case was measured again"))
+    measure_folder(cohort, **arguments)
+    assert path.read_bytes() == before
 
 
 def test_label_estimates_by_default_and_can_be_told_not_to(

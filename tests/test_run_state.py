@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nnunet_sam2.cli.status import rounds_table
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.rounds.ledger import Ledger, StageResult
@@ -63,6 +64,16 @@ def test_the_state_names_rounds_change_validation_and_the_best_round(folders: Da
     ledger.append("stopped", reason="converged", best_round=3, validation_watched=True)
     assert read_state(folders).stop_reason == "converged"
     assert read_state(folders).best_round == 3
+
+
+def test_status_says_how_much_a_round_does_not_learn_from(folders: DatasetFolders) -> None:
+    ledger = Ledger(folders.results / "nnunet_sam2" / RunOptions().run_name)
+    ledger.append("run", options=RunOptions().to_json())
+    fused = {"round": 1, "change": None, "left_out": {"a": "why"}, "distrusted": {"b": [1, 2], "c": [2]}}
+    ledger.run_stage("r01/fuse", {}, lambda: StageResult(info=fused), what="fuse")
+    state = read_state(folders)
+    assert (state.rounds[0].left_out, state.rounds[0].distrusted) == (1, 3)
+    assert "round 1: cases left out: 1, classes of other cases not learnt from: 3" in rounds_table(state)
 
 
 def test_a_round_that_was_not_trained_is_refused_with_those_that_were(folders: DatasetFolders) -> None:

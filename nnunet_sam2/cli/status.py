@@ -50,10 +50,10 @@ def rounds_table(state: RunState) -> str:
     if any(not r.finished for r in state.rounds):
         lines.append("* not finished")
     for r in state.rounds:
-        parts = [f"{r.left_out} cases left out"] if r.left_out else []
-        parts += [f"{r.distrusted} classes of single cases not learnt from"] if r.distrusted else []
+        parts = [f"cases left out: {r.left_out}"] if r.left_out else []
+        parts += [f"classes of other cases not learnt from: {r.distrusted}"] if r.distrusted else []
         if parts:
-            lines.append(f"round {r.number}: {' and '.join(parts)} (why: nnunet_sam2 label --explain CASE)")
+            lines.append(f"round {r.number}: {', '.join(parts)} (why: nnunet_sam2 label --explain CASE)")
     return "\n".join(lines)
 
 
