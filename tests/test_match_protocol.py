@@ -21,8 +21,9 @@ from nnunet_sam2.labelling.strategies.match.strategy import Match
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.support.augment import Augmentation, augment_image, augment_masks
 from nnunet_sam2.support.cases import Query, Support
+from nnunet_sam2.support.distances import resized
 from nnunet_sam2.support.lpips_metric import LPIPS_SIZE
-from nnunet_sam2.support.matching import METRICS, resized
+from nnunet_sam2.support.matching import METRICS
 from nnunet_sam2.volumes import Volume
 
 SIZE = 64

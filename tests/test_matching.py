@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
+from nnunet_sam2.support.distances import squared_distances
 from nnunet_sam2.support.lpips_metric import LPIPS_SIZE, LpipsMetric
-from nnunet_sam2.support.matching import METRICS, EmbeddingMetric, make_metric, squared_distances
+from nnunet_sam2.support.matching import METRICS, EmbeddingMetric, make_metric
 from nnunet_sam2.support.pixel_metrics import PIXEL_SIZE, PsnrMetric, SsimMetric
 
 LPIPS_TOLERANCE = 1e-6

@@ -12,7 +12,7 @@ import torch
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.sam2.protocol import Embeddings, Sam2Backend
-from nnunet_sam2.support.matching import resized, squared_distances
+from nnunet_sam2.support.distances import resized, squared_distances
 
 LPIPS_SIZE = 224
 """Side in pixels at which LPIPS compares; AlexNet was trained at it, and larger images cost quadratically more."""

@@ -12,17 +12,16 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch.nn.functional import adaptive_avg_pool2d, interpolate, normalize
+from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.sam2.protocol import Embeddings, Sam2Backend
+from nnunet_sam2.support.distances import squared_distances
 
 METRICS = ("embedding", "lpips", "ssim", "psnr")
 
 _POOLED = 8
-_COLUMNS = 4096
-"""Numbers that a float32 product sums at once; over the half million of LPIPS it would lose two digits."""
 
 
 class Metric(Protocol):
@@ -45,23 +44,6 @@ class Metric(Protocol):
     def natural(self, distance: float) -> float | None:
         """Return a distance as the number that the metric is known by; None where that is infinite."""
         ...
-
-
-def squared_distances(query_qf: np.ndarray, library_nf: np.ndarray, *, exact: bool = False) -> np.ndarray:
-    """Compute the squared Euclidean distances of Q vectors to N others, (Q, N) float64.
-
-    By matrix products, or, with ``exact``, by the differences themselves: slower, and right in the last digits of
-    small distances.
-    """
-    if exact:
-        return np.stack([np.square(library_nf - query_f).sum(axis=1, dtype=np.float64) for query_f in query_qf])
-    query, library = torch.from_numpy(query_qf), torch.from_numpy(library_nf)
-    squares = [torch.linalg.vector_norm(v, dim=1, dtype=torch.float64).square() for v in (query, library)]
-    products = torch.zeros(len(query), len(library), dtype=torch.float64)
-    for start in range(0, query.shape[1], _COLUMNS):
-        stop = start + _COLUMNS
-        products += (query[:, start:stop] @ library[:, start:stop].T).double()
-    return np.asarray((squares[0][:, None] + squares[1][None] - 2.0 * products).clamp_min(0.0).numpy())
 
 
 class EmbeddingMetric:
@@ -102,14 +84,6 @@ def make_metric(name: str, weights: str | None = None) -> Metric:
 
         return SsimMetric() if name == "ssim" else PsnrMetric()
     raise InputError(f"no matching metric {name!r}; choose one of {', '.join(METRICS)}")
-
-
-def resized(image_3ss: np.ndarray, size: int) -> torch.Tensor:
-    """Return an image (3, S, S) as a tensor at another size, bilinear, antialiased where it shrinks."""
-    image = torch.from_numpy(np.ascontiguousarray(image_3ss, np.float32))
-    if image.shape[-1] == size:
-        return image
-    return interpolate(image[None], size=(size, size), mode="bilinear", align_corners=False, antialias=True)[0]
 
 
 def _pooled(top_chw: torch.Tensor) -> np.ndarray:

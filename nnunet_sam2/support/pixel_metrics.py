@@ -14,7 +14,7 @@ import torch
 
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.sam2.protocol import Embeddings, Sam2Backend
-from nnunet_sam2.support.matching import resized, squared_distances
+from nnunet_sam2.support.distances import resized, squared_distances
 
 PIXEL_SIZE = 128
 """Side in pixels at which images are compared: finer detail says little about which slice it is."""
