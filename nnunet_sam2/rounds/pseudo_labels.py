@@ -80,8 +80,8 @@ class Fused:
             quality=_int_keys(value["quality"]),
             voxels=_int_keys(value["voxels"]),
             confidence=dict(value["confidence"]),
-            estimates=_int_keys(value["estimates"]),
-            distrusted={name: tuple(values) for name, values in value["distrusted"].items()},
+            estimates=_int_keys(value.get("estimates", {})),
+            distrusted={name: tuple(values) for name, values in value.get("distrusted", {}).items()},
             digest=digest,
         )
 
