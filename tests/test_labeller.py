@@ -13,11 +13,13 @@ import pytest
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
-from nnunet_sam2.labelling.labeller import label_cases, label_files, write_probabilities
+from nnunet_sam2.labelling.job import label_files
+from nnunet_sam2.labelling.labeller import label_cases
 from nnunet_sam2.labelling.leave_one_out import estimated_quality
 from nnunet_sam2.labelling.registry import make_strategy
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.storage import file_hash
+from nnunet_sam2.support.library import write_probabilities
 from nnunet_sam2.volumes import read_label, read_map
 
 OPTIONS = {"decoder": "off"}

@@ -13,11 +13,17 @@ from nnunet_sam2.cohort.convert import ConvertOptions, convert
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders, new_dataset_folders
 from nnunet_sam2.geometry import Geometry
-from nnunet_sam2.labelling.labeller import label_cases, write_probabilities
+from nnunet_sam2.labelling.labeller import label_cases
 from nnunet_sam2.labelling.registry import make_strategy, parse_settings
 from nnunet_sam2.pictures import write_picture
 from nnunet_sam2.sam2.backend import load_backend
-from nnunet_sam2.support.library import choose_supports, cohort_slice_axis, load_query, read_probabilities
+from nnunet_sam2.support.library import (
+    choose_supports,
+    cohort_slice_axis,
+    load_query,
+    read_probabilities,
+    write_probabilities,
+)
 from nnunet_sam2.volumes import read_label, read_map
 
 

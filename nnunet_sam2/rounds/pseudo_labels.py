@@ -12,6 +12,7 @@ import numpy as np
 from nnunet_sam2.cohort.cohort import Case, Cohort
 from nnunet_sam2.labelling.components import single_component_classes
 from nnunet_sam2.labelling.fusion import FusionOptions, fuse_sources
+from nnunet_sam2.labelling.job import CONFIDENCE
 from nnunet_sam2.labelling.leave_one_out import DiceTable
 from nnunet_sam2.labelling.quality.calibration import Calibration
 from nnunet_sam2.labelling.quality.features import CaseFeatures
@@ -50,7 +51,7 @@ class Fused:
     def files(self, file_ending: str) -> tuple[Path, ...]:
         """Return all label and confidence files."""
         names = [f"{case}{file_ending}" for case in sorted([*self.used_cases, *self.left_out])]
-        return tuple(path for name in names for path in (self.folder / name, self.folder / "confidence" / name))
+        return tuple(path for name in names for path in (self.folder / name, self.folder / CONFIDENCE / name))
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as a JSON value; JSON wants text as keys."""
@@ -178,7 +179,7 @@ def fuse_cases(
             elif verdict.failed:
                 distrusted[name] = verdict.failed
         write_label(out / f"{name}{ending}", fused.label_zyx, case.geometry)
-        write_map(out / "confidence" / f"{name}{ending}", trusted_zyx, case.geometry)
+        write_map(out / CONFIDENCE / f"{name}{ending}", trusted_zyx, case.geometry)
         confidence[name] = round(float(trusted_zyx[doubtful].mean()), 4) if doubtful.any() else 1.0
         if not any(voxels[name].values()):
             left_out[name] = "its label is empty: nnU-Net would learn it as background"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_sam2.labelling.labeller import label_cases, label_files
+from nnunet_sam2.labelling.job import CONFIDENCE, label_files
+from nnunet_sam2.labelling.labeller import label_cases
 from nnunet_sam2.labelling.leave_one_out import DiceTable, estimated_quality
 from nnunet_sam2.labelling.quality.calibration import Calibration
 from nnunet_sam2.labelling.quality.folder import measure_folder, read_folder
@@ -224,7 +225,7 @@ class Stages:
                 settings=settings,
                 pseudo_cases=labels.used_cases if labels else (),
                 labels=labels.folder if labels else None,
-                confidence=labels.folder / "confidence" if labels else None,
+                confidence=labels.folder / CONFIDENCE if labels else None,
                 overrides=self.run.overrides,
             )
             return StageResult(
