@@ -16,6 +16,7 @@ import torch
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.labelling.leave_one_out import DiceTable, best_choices
 from nnunet_sam2.labelling.member import Member
+from nnunet_sam2.labelling.option_checks import at_least, one_of, within
 from nnunet_sam2.labelling.prompting.adapt import TrainingOptions
 from nnunet_sam2.labelling.prompting.redraw import rows_json
 from nnunet_sam2.labelling.strategies.chain.answers import CHAIN, TRAINED, ChainState, answer, check_ways
@@ -70,18 +71,15 @@ class ChainOptions:
     training_seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("seeds", ("auto", "points", "supports")),
-            ("threshold", THRESHOLDS),
-            ("self_training", ("checked", "always", "off")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)}: choose one of {', '.join(known)}")
-        for name, least in (("anchors", 1), ("training_images", 1), ("variants", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        if not 0 <= self.least_trust <= 1:
-            raise ValueError(f"least_trust={self.least_trust} must lie in 0 to 1")
+        one_of(
+            self,
+            seeds=("auto", "points", "supports"),
+            threshold=THRESHOLDS,
+            self_training=("checked", "always", "off"),
+        )
+        at_least(self, 1, "anchors", "training_images")
+        at_least(self, 0, "variants")
+        within(self, 1, "least_trust")
         if self.seeds == "supports" and not self.propagate:
             raise ValueError("seeds=supports carries masks from image to image and cannot do without propagate")
         self.training()

@@ -18,6 +18,7 @@ from nnunet_sam2.errors import InputError
 from nnunet_sam2.frames import resize
 from nnunet_sam2.labelling.leave_one_out import DiceTable, best_choices
 from nnunet_sam2.labelling.member import Member
+from nnunet_sam2.labelling.option_checks import at_least, one_of, within
 from nnunet_sam2.labelling.prompting.adapt import TrainingOptions
 from nnunet_sam2.labelling.prompting.redraw import rows_json
 from nnunet_sam2.labelling.prompting.support_slices import Found, SupportSlices
@@ -95,17 +96,12 @@ class GuidedOptions:
     lora_seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("supports_per_slice", 1), ("previous_slices", 0), ("check_slices", 1), ("lora_rank", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        for name in ("least_presence", "threshold", "padding", "gate_floor"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in 0 to 1")
+        at_least(self, 1, "supports_per_slice", "check_slices")
+        at_least(self, 0, "previous_slices", "lora_rank")
+        within(self, 1, "least_presence", "threshold", "padding", "gate_floor")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be positive")
-        for name, known in (("order", ("outward", "forward")), ("second_pass", ("checked", "always", "off"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)}: choose one of {', '.join(known)}")
+        one_of(self, order=("outward", "forward"), second_pass=("checked", "always", "off"))
         if self.lora_rank:
             self.training()
 

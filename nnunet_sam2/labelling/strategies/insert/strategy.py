@@ -16,6 +16,7 @@ from nnunet_sam2.errors import InputError
 from nnunet_sam2.frames import resize
 from nnunet_sam2.labelling.fusion import COMPONENTS, GIVEN, FusionOptions
 from nnunet_sam2.labelling.member import Member
+from nnunet_sam2.labelling.option_checks import at_least, one_of
 from nnunet_sam2.labelling.strategies.insert.plans import LEAST_TO_SWITCH, MODES, Asked, Pair, Plan
 from nnunet_sam2.labelling.strategies.insert.sources import InsertSource, InsertSources
 from nnunet_sam2.labelling.strategies.insert.videos import QUERY
@@ -68,18 +69,8 @@ class InsertOptions:
     """Which 3D component of a class to keep: auto, largest, confident, none; ``given``: what --components says."""
 
     def __post_init__(self) -> None:
-        known: list[tuple[str, tuple[str, ...]]] = [
-            ("mode", tuple(MODES)),
-            ("positions", ("matched", "random")),
-            ("components", (GIVEN, *COMPONENTS)),
-        ]
-        for name, choices in known:
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
-        for name in ("supports", "insertions", "prompted_slices", "chunks"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        one_of(self, mode=tuple(MODES), positions=("matched", "random"), components=(GIVEN, *COMPONENTS))
+        at_least(self, 1, "supports", "insertions", "prompted_slices", "chunks")
         if self.mode == "chunk" and (self.insertions or 1) > 1:
             raise ValueError(f"insertions={self.insertions}: mode chunk gives one member a support; leave it out")
         if self.mode == "switch" and self.prompted_slices is not None and self.prompted_slices < LEAST_TO_SWITCH:

@@ -15,6 +15,7 @@ import torch
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.labelling.fusion import COMPONENTS, GIVEN, FusionOptions
 from nnunet_sam2.labelling.member import Member
+from nnunet_sam2.labelling.option_checks import at_least, one_of
 from nnunet_sam2.labelling.strategies.match.candidates import Candidates
 from nnunet_sam2.labelling.strategies.match.pools import Pool, Ranked, Ranking, single_slice_pools, volume_pool
 from nnunet_sam2.sam2.protocol import Sam2Backend
@@ -75,19 +76,10 @@ class MatchOptions:
     """Which 3D component of a class to keep: auto, largest, confident, none; ``given``: what --components says."""
 
     def __post_init__(self) -> None:
-        known: list[tuple[str, tuple[str, ...]]] = [
-            ("metric", METRICS),
-            ("support_set", ("volumes", "slice")),
-            ("components", (GIVEN, *COMPONENTS)),
-        ]
-        for name, choices in known:
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
+        one_of(self, metric=METRICS, support_set=("volumes", "slice"), components=(GIVEN, *COMPONENTS))
         if self.augmentations < 0:
             raise ValueError(f"augmentations={self.augmentations} must not be negative")
-        for name in ("shortlist", "matches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        at_least(self, 1, "shortlist", "matches")
         self.augment_options()
 
     def augment_options(self) -> AugmentOptions:

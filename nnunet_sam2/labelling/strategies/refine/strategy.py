@@ -17,6 +17,7 @@ from nnunet_sam2.labelling.components import single_component_classes
 from nnunet_sam2.labelling.fusion import as_probability, normalised
 from nnunet_sam2.labelling.leave_one_out import DiceTable, best_choices, held_out
 from nnunet_sam2.labelling.member import Member
+from nnunet_sam2.labelling.option_checks import at_least, one_of, within
 from nnunet_sam2.labelling.prompting.decoding import put_in
 from nnunet_sam2.labelling.prompting.prompts import ELEMENTS, MORPHOLOGIES
 from nnunet_sam2.labelling.prompting.redraw import check_redraws, redraw_volume, rows_json
@@ -78,19 +79,16 @@ class RefineOptions:
     """Mean Dice that a class must gain on labelled cases before it is redrawn."""
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("accept", ("checked", "always")),
-            ("component", ("auto", "confident", "all")),
-            ("morphology", MORPHOLOGIES),
-            ("element", ELEMENTS),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)}: choose one of {', '.join(known)}")
-        for name, most in (("least_share", 1.0), ("padding", 1.0), ("radius", np.inf), ("least_gain", np.inf)):
-            if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in 0 to {most:g}")
-        if self.check_slices < 1:
-            raise ValueError(f"check_slices={self.check_slices} must be at least 1")
+        one_of(
+            self,
+            accept=("checked", "always"),
+            component=("auto", "confident", "all"),
+            morphology=MORPHOLOGIES,
+            element=ELEMENTS,
+        )
+        within(self, 1, "least_share", "padding")
+        within(self, np.inf, "radius", "least_gain")
+        at_least(self, 1, "check_slices")
         if (self.morphology == "none") != (self.radius == 0):
             raise ValueError(
                 f"morphology={self.morphology} with radius={self.radius:g} would have no effect; set both or none"

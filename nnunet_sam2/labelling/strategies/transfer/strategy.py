@@ -15,6 +15,7 @@ import torch
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.labelling.leave_one_out import DiceTable, best_choices
 from nnunet_sam2.labelling.member import Member
+from nnunet_sam2.labelling.option_checks import at_least
 from nnunet_sam2.labelling.prompting.decoding import PromptKinds, decode_map, put_in
 from nnunet_sam2.labelling.slice_check import SliceDice, check_slices
 from nnunet_sam2.labelling.strategies.transfer.memory import SupportMemory, slice_descriptors, slice_features
@@ -68,9 +69,8 @@ class TransferOptions:
     """Slices of labelled cases, all together, on which choices are made; 0 makes none and takes the defaults."""
 
     def __post_init__(self) -> None:
-        for name, least in (("neighbours", 1), ("memory_entries", 1), ("check_slices", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        at_least(self, 1, "neighbours", "memory_entries")
+        at_least(self, 0, "check_slices")
         for name in ("position_weight", "slice_weight", "edge_radius", "fine_weight"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
