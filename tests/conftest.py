@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from nnunet_data import NnunetRoots, make_tiny_nnunet
 
-from nnunet_sam2.cohort.cohort import HIDDEN_LABELS
+from nnunet_sam2.cohort.cohort import HIDDEN_LABELS, Cohort
 from nnunet_sam2.cohort.convert import ConvertOptions, convert
 from nnunet_sam2.cohort.generated import write_generated_cohort
 from nnunet_sam2.folders import VARIABLES, DatasetFolders, new_dataset_folders
@@ -46,6 +46,18 @@ def tiny_dataset(generated_folder: Path, nnunet_environment: Path) -> DatasetFol
     folders = new_dataset_folders(TINY_ID, TINY_NAME)
     convert(generated_folder, folders, ConvertOptions())
     return folders
+
+
+@pytest.fixture(scope="session")
+def cohort(tiny_dataset: DatasetFolders) -> Cohort:
+    """The cohort of ``tiny_dataset``."""
+    return Cohort.load(tiny_dataset.raw)
+
+
+@pytest.fixture(scope="session")
+def values(cohort: Cohort) -> tuple[int, ...]:
+    """The class values of ``tiny_dataset``."""
+    return cohort.class_values
 
 
 @pytest.fixture(scope="session")

@@ -56,11 +56,6 @@ def breasts(backend: MetaSam2Backend) -> list[Support]:
 
 
 @pytest.fixture(scope="module")
-def cohort(tiny_dataset: DatasetFolders) -> Cohort:
-    return Cohort.load(tiny_dataset.raw)
-
-
-@pytest.fixture(scope="module")
 def volumes(cohort: Cohort, backend: MetaSam2Backend) -> list[Support]:
     return [load_support(cohort, case, backend, slice_axis=0) for case in cohort.labelled]
 

@@ -24,11 +24,6 @@ INSERT = ["supports=1", "insertions=2", "prompted_slices=2", "both_directions=no
 EXPLAIN = ["label", "-d", "501", "--explain"]
 
 
-@pytest.fixture(scope="module")
-def cohort(tiny_dataset: DatasetFolders) -> Cohort:
-    return Cohort.load(tiny_dataset.raw)
-
-
 def _label(out: Path, cache: Path, case_id: str, strategy: str, *settings: str) -> None:
     options = [text for setting in settings for text in ("--set", setting)]
     arguments = ["--strategy", strategy, "--cases", case_id, "-o", str(out), "--cache-dir", str(cache), *options]

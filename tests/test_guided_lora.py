@@ -10,7 +10,6 @@ import torch
 
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.errors import InputError, StageError
-from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.prompting.adapt import TrainingOptions, mask_loss, train
 from nnunet_sam2.labelling.prompting.support_slices import SupportSlices
 from nnunet_sam2.labelling.strategies.guided import strategy as guided
@@ -32,11 +31,6 @@ PASSES = GuidedOptions().passes()
 @pytest.fixture(scope="module")
 def backend() -> MetaSam2Backend:
     return load_backend("untrained", device="cpu", image_size=SIZE, threads=1)
-
-
-@pytest.fixture(scope="module")
-def cohort(tiny_dataset: DatasetFolders) -> Cohort:
-    return Cohort.load(tiny_dataset.raw)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import pytest
 
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.job import label_files
 from nnunet_sam2.labelling.labeller import label_cases
 from nnunet_sam2.labelling.leave_one_out import estimated_quality
@@ -28,11 +27,6 @@ OPTIONS = {"decoder": "off"}
 @pytest.fixture(scope="module")
 def backend() -> MetaSam2Backend:
     return load_backend("untrained", device="cpu", image_size=128, threads=1)
-
-
-@pytest.fixture(scope="module")
-def cohort(tiny_dataset: DatasetFolders) -> Cohort:
-    return Cohort.load(tiny_dataset.raw)
 
 
 def _label(cohort: Cohort, backend: MetaSam2Backend, out: Path, **changes: Any) -> list[dict[str, Any]]:

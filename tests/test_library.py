@@ -11,7 +11,7 @@ import pytest
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.cohort.convert import ConvertOptions, convert
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.folders import DatasetFolders, new_dataset_folders
+from nnunet_sam2.folders import new_dataset_folders
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.labelling.labeller import label_cases
 from nnunet_sam2.labelling.registry import make_strategy, parse_settings
@@ -25,11 +25,6 @@ from nnunet_sam2.support.library import (
     write_probabilities,
 )
 from nnunet_sam2.volumes import read_label, read_map
-
-
-@pytest.fixture(scope="module")
-def cohort(tiny_dataset: DatasetFolders) -> Cohort:
-    return Cohort.load(tiny_dataset.raw)
 
 
 def test_supports_are_all_labelled_cases_the_first_few_or_those_named(cohort: Cohort) -> None:

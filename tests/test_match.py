@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from nnunet_sam2.cohort.cohort import Cohort
-from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.registry import make_strategy
 from nnunet_sam2.labelling.strategies.match.strategy import Match, MatchOptions
@@ -22,11 +21,6 @@ from nnunet_sam2.support.library import load_query, load_support
 @pytest.fixture(scope="module")
 def backend() -> MetaSam2Backend:
     return load_backend("untrained", device="cpu", image_size=64, threads=1)
-
-
-@pytest.fixture(scope="module")
-def cohort(tiny_dataset: DatasetFolders) -> Cohort:
-    return Cohort.load(tiny_dataset.raw)
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,6 @@ def backend() -> MetaSam2Backend:
 
 
 @pytest.fixture(scope="module")
-def values(tiny_dataset: DatasetFolders) -> tuple[int, ...]:
-    return Cohort.load(tiny_dataset.raw).class_values
-
-
-@pytest.fixture(scope="module")
 def cases(tiny_dataset: DatasetFolders, backend: MetaSam2Backend, values: tuple[int, ...]) -> list[Support]:
     """Labelled cases with a student whose prediction of the first class is shifted by four voxels."""
     cohort = Cohort.load(tiny_dataset.raw)

@@ -8,18 +8,12 @@ import numpy as np
 import pytest
 
 from nnunet_sam2.cohort.cohort import Cohort
-from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.quality.calibration import Calibration
 from nnunet_sam2.labelling.quality.features import Features
 from nnunet_sam2.labelling.quality.trust import spread_quality
 from nnunet_sam2.rounds.pseudo_labels import Fused, fuse_cases, mean_dice_by_class
 from nnunet_sam2.support.library import write_probabilities
 from nnunet_sam2.volumes import read_label, read_map, write_label
-
-
-@pytest.fixture
-def cohort(tiny_dataset: DatasetFolders) -> Cohort:
-    return Cohort.load(tiny_dataset.raw)
 
 
 def _source(cohort: Cohort, folder: Path, labels: dict[str, np.ndarray], *, sure: float) -> Path:

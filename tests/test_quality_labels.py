@@ -13,7 +13,6 @@ import pytest
 
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.cohort.cohort import Cohort
-from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.labelling.labeller import label_cases
@@ -35,11 +34,6 @@ from nnunet_sam2.support.library import load_support
 @pytest.fixture(scope="module")
 def backend() -> MetaSam2Backend:
     return load_backend("untrained", device="cpu", image_size=128, threads=1)
-
-
-@pytest.fixture(scope="module")
-def cohort(tiny_dataset: DatasetFolders) -> Cohort:
-    return Cohort.load(tiny_dataset.raw)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import torch
 
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.labelling.labeller import label_cases
@@ -31,16 +30,6 @@ SIZE = 64
 @pytest.fixture(scope="module")
 def backend() -> MetaSam2Backend:
     return load_backend("untrained", device="cpu", image_size=SIZE, threads=1)
-
-
-@pytest.fixture(scope="module")
-def cohort(tiny_dataset: DatasetFolders) -> Cohort:
-    return Cohort.load(tiny_dataset.raw)
-
-
-@pytest.fixture(scope="module")
-def values(cohort: Cohort) -> tuple[int, ...]:
-    return cohort.class_values
 
 
 @pytest.fixture(scope="module")

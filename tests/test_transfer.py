@@ -33,11 +33,6 @@ def backend() -> MetaSam2Backend:
 
 
 @pytest.fixture(scope="module")
-def values(tiny_dataset: DatasetFolders) -> tuple[int, ...]:
-    return Cohort.load(tiny_dataset.raw).class_values
-
-
-@pytest.fixture(scope="module")
 def supports(tiny_dataset: DatasetFolders, backend: MetaSam2Backend) -> list[Support]:
     cohort = Cohort.load(tiny_dataset.raw)
     return [load_support(cohort, case, backend, slice_axis=0) for case in cohort.labelled]

@@ -14,6 +14,7 @@ import numpy as np
 
 from nnunet_sam2.rounds.nnunet.predict import CASE_DONE
 from nnunet_sam2.storage import atomic_path, file_hash, read_json, write_json
+from nnunet_sam2.support.library import write_probabilities
 
 
 def main(argv: Sequence[str]) -> int:
@@ -88,9 +89,9 @@ def _predict(predictor: Any, job: dict[str, Any]) -> None:
     if prob_czyx is not None:
         labels = predictor.label_manager
         regions = labels.foreground_regions if labels.has_regions else None
-        steps_czyx = np.rint(class_probabilities(prob_czyx, regions, labels.regions_class_order) * 255).astype(np.uint8)
-        with atomic_path(Path(job["probabilities"])) as temporary:
-            np.savez_compressed(temporary, prob_czyx=steps_czyx)
+        write_probabilities(
+            Path(job["probabilities"]), class_probabilities(prob_czyx, regions, labels.regions_class_order)
+        )
         hashes["probabilities"] = file_hash(Path(job["probabilities"]))
     write_json(Path(job["record"]), {"key": job["key"], "hashes": hashes})
 
