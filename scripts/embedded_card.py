@@ -9,18 +9,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_data import PROJECT
 from marked_table import replace_marked
+from safetensors import safe_open
 
 from nnunet_sam2.storage import read_json, write_json
 
 RESULTS = PROJECT / "docs" / "benchmarks" / "embedded_training.json"
 CARD = PROJECT / "docs" / "embedded_model.md"
 STAGES = ("features", "memory")
+WEIGHTS = PROJECT / "nnunet_sam2" / "sam2" / "weights" / "embedded.safetensors"
+PARTS = {
+    "image encoder": (("image_encoder.",), "Hiera, three stages (1, 2 and 2 blocks, 96 to 384 channels), and its neck"),
+    "mask decoder, prompt encoder": (("sam_mask_decoder.", "sam_prompt_encoder."), "SAM 2.1's, 64 channels"),
+    "memory attention": (("memory_attention.",), "two layers"),
+    "memory encoder, object pointers, the rest": (("",), "memories as wide as the features"),
+}
+"""Part -> (how its weights' names begin, what it is); a weight counts for the first part that it fits."""
 
 
 def main() -> None:
@@ -36,8 +46,9 @@ def main() -> None:
             raise SystemExit(f"{folder} holds no training of the embedded SAM 2 (features.pt or memory.pt)")
         results.setdefault(name, {}).update(found)
     write_json(RESULTS, results)
-    for stage, table in (("features", features_table(results)), ("memory", memory_table(results))):
-        replace_marked(CARD, stage, table)
+    tables = {"features": features_table(results), "memory": memory_table(results), "parameters": parameters_table()}
+    for name, table in tables.items():
+        replace_marked(CARD, name, table)
 
 
 def collect(folder: Path, stage: str) -> dict[str, Any] | None:
@@ -59,11 +70,26 @@ def collect(folder: Path, stage: str) -> dict[str, Any] | None:
     }
 
 
+def parameters_table() -> str:
+    """Return the table of the parts' parameters, counted in the shipped file."""
+    counts = dict.fromkeys(PARTS, 0)
+    with safe_open(WEIGHTS, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  # not a mapping
+            part = next(part for part, (starts, _) in PARTS.items() if name.startswith(starts))
+            counts[part] += math.prod(file.get_slice(name).get_shape())
+    lines = ["| part | parameters | what |", "|---|---|---|"]
+    lines += [f"| {part} | {counts[part] / 1e6:.2f} M | {what} |" for part, (_, what) in PARTS.items()]
+    size_mb = WEIGHTS.stat().st_size / 1e6
+    lines.append(f"| together | {sum(counts.values()) / 1e6:.2f} M | {size_mb:.1f} MB in half precision |")
+    return "\n".join(lines)
+
+
 def features_table(results: dict[str, Any]) -> str:
     """Return the table of the first stage."""
     lines = [
-        "| run | start | teacher | images | peak rate | steps | error, first and last | held out | transfer Dice |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| run | start | teacher | images | peak rate | steps | error, first and last | held out | transfer Dice "
+        "| minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, entry in _with(results, "features"):
         s, curve, scores = entry["settings"], entry["curve"], entry["scores"]
@@ -74,7 +100,7 @@ def features_table(results: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {start} | {teacher} px | {64 * s['shards']} | {s['peak_rate']:g} | {steps} | "
             f"{curve[0]['error']:.3f} to {curve[-1]['error']:.3f} | {held_out} | "
-            f"{scores[0]['transfer_dice']:.3f} to {scores[-1]['transfer_dice']:.3f} |"
+            f"{scores[0]['transfer_dice']:.3f} to {scores[-1]['transfer_dice']:.3f} | {entry['seconds'] / 60:.0f} |"
         )
     return "\n".join(lines)
 
@@ -83,8 +109,8 @@ def memory_table(results: dict[str, Any]) -> str:
     """Return the table of the second stage."""
     lines = [
         "| run | attention starts | families | peak rate | prompts | steps | loss, last | clips, Dice | absent, right "
-        "| prompts, Dice |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| prompts, Dice | minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, entry in _with(results, "memory"):
         s, last = entry["settings"], entry["scores"][-1]
@@ -92,7 +118,8 @@ def memory_table(results: dict[str, Any]) -> str:
         scores = " | ".join(f"{last[key]:.3f}" for key in ("val_clip_dice", "val_absent_right", "val_prompt_dice"))
         lines.append(
             f"| {name} | {'as a lookup' if s['lookup'] else 'at random'} | {s['families']} | {s['peak_rate']:g} | "
-            f"{s['prompt_part']:g} | {steps} | {entry['curve'][-1]['loss']:.2f} | {scores} |"
+            f"{s['prompt_part']:g} | {steps} | {entry['curve'][-1]['loss']:.2f} | {scores} | "
+            f"{entry['seconds'] / 60:.0f} |"
         )
     return "\n".join(lines)
 
