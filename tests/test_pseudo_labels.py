@@ -10,7 +10,7 @@ import pytest
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.labelling.quality.calibration import Calibration
 from nnunet_sam2.labelling.quality.features import Features
-from nnunet_sam2.labelling.quality.trust import spread_quality
+from nnunet_sam2.labelling.quality.trust import Verdict, spread_quality, trusted_confidence
 from nnunet_sam2.rounds.pseudo_labels import Fused, fuse_cases, mean_dice_by_class
 from nnunet_sam2.support.library import write_probabilities
 from nnunet_sam2.volumes import read_label, read_map, write_label
@@ -234,3 +234,13 @@ def test_ignored_voxels_count_nowhere(cohort: Cohort, tmp_path: Path) -> None:
     write_label(tmp_path / "truth" / f"{case.case_id}.nii.gz", reference, case.geometry)
     with_ignore = Cohort(**{**vars(cohort), "labels": {**cohort.labels, "ignore": 3}})
     assert mean_dice_by_class(with_ignore, [case], predicted, reference=tmp_path / "truth") == {1: 1.0, 2: 1.0}
+
+
+def test_background_far_from_every_organ_keeps_its_confidence_and_a_border_is_scaled_alike_on_both_sides() -> None:
+    # From the organ's middle to far away, along one line.
+    organ_x = np.array([1.0, 0.6, 0.4, 0.1, 0.05, 0.0], np.float32)
+    prob_czyx = np.stack([1 - organ_x, organ_x])[:, None, None]
+    label_zyx = (organ_x > 0.5).astype(np.uint8)[None, None]
+    verdict = Verdict(estimate={1: 0.7}, failed=(), reason=None)
+    trusted_x = trusted_confidence(np.ones((1, 1, 6), np.float32), label_zyx, prob_czyx, (1,), verdict)[0, 0]
+    np.testing.assert_allclose(trusted_x, [0.7, 0.7, 0.7, 0.7, 0.85, 1.0], atol=1e-4)

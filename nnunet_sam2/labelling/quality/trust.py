@@ -69,17 +69,20 @@ def trusted_confidence(
 ) -> np.ndarray:
     """Scale voxels' confidence by the estimated Dice of the classes that are in question there, float32, 0 to 1.
 
-    Both sides of a class's border are scaled alike, so that the loss keeps its balance between class and background;
-    far from all classes the mean over classes counts. Where a failed class is or may be, confidence is 0: such voxels
-    are neither class nor background.
+    Both sides of a class's border are scaled alike, so that the loss keeps its balance between class and background.
+    Where no class has a probability of `DOUBTED` the scaling fades out: that nothing is there far from every organ is
+    certain however the organs were drawn. Where a failed class is or may be, confidence is 0: such voxels are neither
+    class nor background.
     """
     known = [dice for dice in verdict.estimate.values() if dice is not None]
     if not known:
         return confidence_zyx
     mean = float(np.mean(known))
     dice_k = np.array([mean if (d := verdict.estimate.get(v)) is None else d for v in class_values], np.float32)
-    seen_kzyx = prob_czyx[1:] + np.float32(1e-6)
-    scaled_zyx = confidence_zyx * (np.tensordot(dice_k, seen_kzyx, axes=1) / seen_kzyx.sum(axis=0))
+    seen_zyx = prob_czyx[1:].sum(axis=0) + np.float32(1e-6)
+    dice_zyx = np.tensordot(dice_k, prob_czyx[1:] + np.float32(1e-6) / len(dice_k), axes=1) / seen_zyx
+    in_question_zyx = np.minimum(seen_zyx / np.float32(DOUBTED), 1.0)
+    scaled_zyx = confidence_zyx * (1.0 - in_question_zyx * (1.0 - dice_zyx))
     for k, value in enumerate(class_values):
         if value in verdict.failed:
             scaled_zyx[(label_zyx == value) | (prob_czyx[k + 1] >= DOUBTED)] = 0.0
