@@ -9,21 +9,18 @@ combination, so a killed benchmark goes on when started again. Without ``--sam2`
 from __future__ import annotations
 
 import argparse
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from baselines import SIZE as BASELINE_SIZE
-from baselines import CopyBaseline, NoEmbeddings
-from bench_data import DATA, PROJECT
+from baselines import CopyBaseline
+from bench_data import PROJECT
+from bench_sets import SETS, Sam2BenchSet, draw_cases, load_case, summary
 from marked_table import replace_marked
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.frames import Frames
 from nnunet_sam2.labelling.components import single_component_classes
 from nnunet_sam2.labelling.fusion import FusionOptions, fuse
 from nnunet_sam2.labelling.registry import make_strategy
@@ -31,50 +28,9 @@ from nnunet_sam2.labelling.strategy import Prepares
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.storage import read_json, write_json
 from nnunet_sam2.support.cases import Query, Support
-from nnunet_sam2.volumes import read_label, read_volume
 
 RESULTS = PROJECT / "docs" / "benchmarks" / "sam2.json"
 BASELINES = ("copy", "copy, registered")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sam2BenchSet:
-    """Say what of a set is labelled and scored."""
-
-    name: str
-    scored: Mapping[str, tuple[int, ...]]
-    """Name in the table -> label values taken together."""
-    headline: tuple[str, ...]
-    """What the mean is taken over."""
-    queries: int
-    merge: bool = False
-    """Take all labels above 0 for one class."""
-
-
-SETS = {
-    s.name: s
-    for s in (
-        Sam2BenchSet(
-            name="hippocampus",
-            scored={"whole": (1, 2), "anterior": (1,), "posterior": (2,)},
-            headline=("whole",),
-            queries=12,
-        ),
-        Sam2BenchSet(
-            name="chaos_t2_mr",
-            scored={"liver": (1,), "right kidney": (2,), "left kidney": (3,), "spleen": (4,)},
-            headline=("liver", "right kidney", "left kidney", "spleen"),
-            queries=4,
-        ),
-        Sam2BenchSet(
-            name="acdc",
-            scored={"right ventricle": (1,), "myocardium": (2,), "left ventricle": (3,)},
-            headline=("right ventricle", "myocardium", "left ventricle"),
-            queries=8,
-        ),
-        Sam2BenchSet(name="ddsm_tissue", scored={"breast": (1,)}, headline=("breast",), queries=12, merge=True),
-    )
-}
 
 
 def main() -> None:
@@ -131,8 +87,8 @@ def score_set(
     if not wanted:
         return
     support_cases, query_cases = draw_cases(bench, supports, queries, args.seed)
-    given = [_support(bench, case, backend) for case in support_cases]
-    asked = [_support(bench, case, backend) for case in query_cases]
+    given = [load_case(bench, case, backend) for case in support_cases]
+    asked = [load_case(bench, case, backend) for case in query_cases]
     for task in wanted:
         started = time.monotonic()
         try:
@@ -141,28 +97,13 @@ def score_set(
         except InputError as error:
             print(f"{key} {task}: left out ({error})", flush=True)
             continue
-        row[task] = _summary(bench, scores)
+        row[task] = summary(bench, scores)
         row[task]["seconds_a_volume"] = round((time.monotonic() - started) / len(asked), 2)
         row[task]["checkpoint"] = _checkpoint(task, backend)
         print(key, task, row[task]["mean"], row[task]["classes"], flush=True)
         results = read_json(args.output) if args.output.is_file() else {}
         results[key] = results.get(key, {}) | {task: row[task]}
         write_json(args.output, dict(sorted(results.items())))
-
-
-def draw_cases(bench: Sam2BenchSet, supports: int, queries: int, seed: int) -> tuple[list[str], list[str]]:
-    """Draw support and query files of different patients; the queries are the same for every number of supports."""
-    source = DATA / bench.name / "images"
-    if not source.is_dir():
-        raise SystemExit(f"{source} is missing; set NNUNET_SAM2_DATA to the folder that holds {bench.name}")
-    patients: dict[str, list[str]] = {}
-    for path in sorted(source.iterdir()):
-        patients.setdefault(re.split(r"_frame", path.name.split(".")[0])[0], []).append(path.name)
-    rng = np.random.default_rng(seed)
-    drawn = [patients[p][int(rng.integers(len(patients[p])))] for p in rng.permutation(sorted(patients))]
-    if supports + queries > len(drawn):
-        raise SystemExit(f"{bench.name} has {len(drawn)} patients; {supports} supports and {queries} queries are more")
-    return drawn[queries : queries + supports], drawn[:queries]
 
 
 def write_table(results: Path, page: Path) -> None:
@@ -243,21 +184,6 @@ def _labeller(
     return label
 
 
-def _support(bench: Sam2BenchSet, name: str, backend: MetaSam2Backend | None) -> Support:
-    folder = DATA / bench.name
-    volume = read_volume([folder / "images" / name])
-    label_zyx, _ = read_label(folder / "labels" / name)
-    # The baselines scale frames down themselves; what they start from changes nothing beyond rounding.
-    frames = Frames.from_volume(volume, size=backend.spec.image_size if backend else 2 * BASELINE_SIZE)
-    return Support(
-        case_id=name.split(".")[0],
-        frames=frames,
-        embeddings=backend.embed(frames) if backend else NoEmbeddings(),
-        label_zyx=(label_zyx > 0).astype(np.uint8) if bench.merge else label_zyx,
-        geometry=volume.geometry,
-    )
-
-
 def _dice(bench: Sam2BenchSet, answer_zyx: np.ndarray, truth_zyx: np.ndarray) -> dict[str, float | None]:
     scores: dict[str, float | None] = {}
     for part, values in bench.scored.items():
@@ -265,15 +191,6 @@ def _dice(bench: Sam2BenchSet, answer_zyx: np.ndarray, truth_zyx: np.ndarray) ->
         total = int(predicted.sum() + true.sum())
         scores[part] = float(2 * (predicted & true).sum() / total) if total else None
     return scores
-
-
-def _summary(bench: Sam2BenchSet, scores: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
-    classes = {}
-    for part in bench.scored:
-        known = [case[part] for case in scores if case[part] is not None]
-        classes[part] = round(float(np.mean(known)), 4) if known else None
-    mean = float(np.mean([classes[part] for part in bench.headline if classes[part] is not None]))
-    return {"mean": round(mean, 4), "classes": classes, "cases": len(scores)}
 
 
 def _checkpoint(task: str, backend: MetaSam2Backend | None) -> str | None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import bench_sam2
+import bench_sets
 import numpy as np
 import pytest
 from baselines import CopyBaseline, NoEmbeddings
@@ -66,19 +67,19 @@ def test_registration_moves_the_mask_onto_a_shifted_subject():
 
 
 def test_queries_stay_the_same_and_share_no_patient_with_the_supports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bench_sam2, "DATA", tmp_path)
+    monkeypatch.setattr(bench_sets, "DATA", tmp_path)
     folder = tmp_path / "acdc" / "images"
     folder.mkdir(parents=True)
     for patient in range(12):
         for frame in (1, 9):
             (folder / f"patient{patient:03d}_frame{frame:02d}.nii.gz").touch()
-    few, queries = bench_sam2.draw_cases(bench_sam2.SETS["acdc"], 1, 4, 0)
-    many, again = bench_sam2.draw_cases(bench_sam2.SETS["acdc"], 8, 4, 0)
+    few, queries = bench_sets.draw_cases(bench_sets.SETS["acdc"], 1, 4, 0)
+    many, again = bench_sets.draw_cases(bench_sets.SETS["acdc"], 8, 4, 0)
     assert queries == again
     assert few == many[:1]
     assert len({name.split("_")[0] for name in many + queries}) == 12
     with pytest.raises(SystemExit, match="12 patients"):
-        bench_sam2.draw_cases(bench_sam2.SETS["acdc"], 9, 4, 0)
+        bench_sets.draw_cases(bench_sets.SETS["acdc"], 9, 4, 0)
 
 
 def test_the_table_goes_between_the_markers_and_leaves_the_rest(tmp_path: Path):
