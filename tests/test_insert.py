@@ -35,9 +35,9 @@ class Recording:
     def __getattr__(self, name):
         return getattr(self._backend, name)
 
-    def walk(self, video, masks_kss, *, reverse=False):
-        self.walks.append((list(video), dict(masks_kss), reverse))
-        return self._backend.walk(video, masks_kss, reverse=reverse)
+    def walk_many(self, walks):
+        self.walks += [(list(walk.video), dict(walk.masks_kss), walk.reverse) for walk in walks]
+        return self._backend.walk_many(walks)
 
 
 def volume(seed, slice_axis=0):

@@ -153,6 +153,20 @@ def test_a_long_walk_forgets_only_what_attention_cannot_read(model, monkeypatch,
     torch.testing.assert_close(answers[-1].logits_kss, expected[26], rtol=1e-4, atol=1e-3)
 
 
+def test_a_walk_past_many_prompts_reads_what_is_near_alone(model, monkeypatch, backend, images):
+    many = np.concatenate([images, images[::-1], images])
+    embeddings = backend.embed(Frames.from_images(many))
+    box, moved = (8, 8, 40, 30), (10, 8, 44, 30)
+    prompts = {2: masks(box)} | {t: masks(moved) for t in range(5, 14)}
+    video = [(embeddings, i) for i in range(len(many))]
+    for reverse in (False, True):
+        answers = backend.propagate(video, prompts, reverse=reverse)
+        expected = stock_walk(model, monkeypatch, embeddings, prompts, reverse=reverse)
+        assert len(answers) == (15 if not reverse else 4)
+        for answer in answers:
+            torch.testing.assert_close(answer.logits_kss, expected[answer.frame], rtol=1e-4, atol=1e-3)
+
+
 def test_version_2_0_is_walked_as_by_sam2_too(monkeypatch, images):
     config = dataclasses.replace(CONFIG, version="2.0")
     older = lively_model(config)

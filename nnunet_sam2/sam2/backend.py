@@ -21,7 +21,7 @@ from nnunet_sam2.sam2.config import check_image_size, load_config
 from nnunet_sam2.sam2.decoder import decode_frame
 from nnunet_sam2.sam2.model import build_model, build_untrained, load_weights
 from nnunet_sam2.sam2.propagation import VideoWalker
-from nnunet_sam2.sam2.protocol import Decoded, Embeddings, Propagated, Sam2Spec
+from nnunet_sam2.sam2.protocol import Decoded, Embeddings, Propagated, Sam2Spec, VideoWalk
 from nnunet_sam2.sam2.weights.cache import find_weights, require_unchanged
 from nnunet_sam2.storage import value_hash
 
@@ -213,7 +213,12 @@ class MetaSam2Backend:
         reverse: bool = False,
     ) -> Iterator[Propagated]:
         """Yield what `propagate` returns frame by frame."""
-        steps = self._memory().walk(video, masks_kss, reverse=reverse)
+        for _, answer in self.walk_many([VideoWalk(video=video, masks_kss=masks_kss, reverse=reverse)]):
+            yield answer
+
+    def walk_many(self, walks: Sequence[VideoWalk]) -> Iterator[tuple[int, Propagated]]:
+        """Yield (number of the walk, answer) for walks that advance together; see `Sam2Backend.walk_many`."""
+        steps = self._memory().walk_many(walks)
         while True:
             # The context is left between frames, so that the caller never runs inside it.
             with self.computing(reduced=self._device.type == "cuda"):

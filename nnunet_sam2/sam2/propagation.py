@@ -1,65 +1,56 @@
-"""The walk through a pseudo-video with SAM 2's memory, on embeddings that were computed before.
+"""Walks through pseudo-videos with SAM 2's memory, on embeddings that were computed before.
 
-Follows SAM2VideoPredictor (sam2 1.1) frame for frame, with what the same answer does not need left out: images are not
-encoded again, objects that are prompted on the same frames share one track step, memories that no later frame can
-attend to are dropped, and the memory of a prompted frame is kept for other videos, since it does not depend on them.
+Follows SAM2VideoPredictor (sam2 1.1) frame for frame, with what the same answers do not need left out: images are not
+encoded again; walks advance together and share the steps that they have in common; memories that no later frame can
+attend to are dropped; the memory of a prompted frame and its projections are kept, for they do not depend on the walk;
+a frame that none follows leaves no memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from nnunet_sam2.sam2.protocol import Embeddings, Propagated
+from nnunet_sam2.sam2.memory_reading import MemoryReader, OwnMemory, Readers, SharedMemory
+from nnunet_sam2.sam2.prompt_memories import Latest, Memory, memory_bytes
+from nnunet_sam2.sam2.protocol import Embeddings, Propagated, VideoWalk
+from nnunet_sam2.sam2.tracks import Answer, Root, Step, plan_steps, rounds
 
 Video = Sequence[tuple[Embeddings, int]]
-Memory = dict[str, Any]
-"""One frame's entry of the memory bank, as sam2 reads it: spatial features, their positions, the object pointer."""
 
-
-class PromptMemories:
-    """Keep the memories of prompted frames by frame and mask, the latest ``limit_mb`` of them."""
-
-    def __init__(self, limit_mb: int = 512) -> None:
-        self._limit_bytes = limit_mb * 2**20
-        self._kept: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
-        self._bytes = 0
-
-    def get(self, key: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return spatial features (1, M, H, W) and object pointer (1, C) of one object, or None."""
-        found = self._kept.get(key)
-        if found is not None:
-            self._kept.move_to_end(key)
-        return found
-
-    def put(self, key: str, memory: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Keep one object's memory of one prompted frame."""
-        self._kept[key] = memory
-        self._bytes += _size(memory)
-        while self._bytes > self._limit_bytes and len(self._kept) > 1:
-            self._bytes -= _size(self._kept.popitem(last=False)[1])
+_MEMORIES_MB = 512
+_CPU_BYTES, _ACCELERATOR_BYTES = 2**28, 2**32
+"""Memory for what a round of steps computes; more steps are taken one after the other."""
 
 
 class VideoWalker:
     """Carry masks through pseudo-videos with one SAM 2."""
 
-    def __init__(self, model: Any, device: torch.device, *, memories: PromptMemories | None = None) -> None:
+    def __init__(self, model: Any, device: torch.device, *, dtype: torch.dtype = torch.float32) -> None:
+        """Walk with ``model``; ``dtype`` is the format of the factors in products of memory attention."""
+        if model.memory_temporal_stride_for_eval != 1 or model.max_cond_frames_in_attn != -1:
+            raise ValueError("this SAM 2 does not read its memory as the released ones do")
         self._model = model
         self._device = device
-        self._memories = memories or PromptMemories()
-        grid = model.image_size // 16
+        self._dtype = dtype
+        self._reader: MemoryReader | None = None
+        self._memories: Latest[Memory] = Latest(_MEMORIES_MB, memory_bytes)
+        self._shared: Latest[SharedMemory] = Latest(_MEMORIES_MB, lambda shared: shared.bytes)
+        self._grid = grid = model.image_size // 16
         self._feature_sizes = [(4 * grid, 4 * grid), (2 * grid, 2 * grid), (grid, grid)]
         # Both encodings depend on the grid alone.
         with torch.no_grad():
             blank = torch.zeros(1, model.hidden_dim, grid, grid, device=device)
             self._position_hwc = model.image_encoder.neck.position_encoding(blank).flatten(2).permute(2, 0, 1)
             self._memory_position = model.memory_encoder.position_encoding(blank)
+        budget = _CPU_BYTES if device.type == "cpu" else _ACCELERATOR_BYTES
+        self.batch = max(1, budget // _step_bytes(model))
+        """Objects that take a step at once."""
 
     def walk(self, video: Video, masks_kss: Mapping[int, np.ndarray], *, reverse: bool = False) -> Iterator[Propagated]:
         """Yield K objects' masks on every frame without any prompt, from the first prompted frame on.
@@ -67,72 +58,99 @@ class VideoWalker:
         See `Sam2Backend.propagate` for the arguments. An object without a prompt anywhere is answered with
         ``NO_OBJ_SCORE`` everywhere.
         """
-        prompts, count = _check(video, masks_kss, self._model.image_size)
-        groups = _groups(prompts, count)
-        if not groups:
-            return
-        banks = [
-            _Bank(objects, {t: self._prompted(video[t], masks_kss[t][objects]) for t in frames}, self._model)
-            for frames, objects in groups
-        ]
-        prompted = sorted({t for frames, _ in groups for t in frames})
-        order = range(prompted[-1], -1, -1) if reverse else range(prompted[0], len(video))
-        for t in order:
-            answers = [
-                (bank, self._step(video, t, bank, reverse=reverse)) for bank in banks if t not in bank.conditioning
-            ]
-            if t not in masks_kss or not np.any(masks_kss[t]):
-                yield self._gather(t, answers, count)
+        for _, answer in self.walk_many([VideoWalk(video=video, masks_kss=masks_kss, reverse=reverse)]):
+            yield answer
+
+    def walk_many(self, walks: Sequence[VideoWalk]) -> Iterator[tuple[int, Propagated]]:
+        """Yield (number of the walk, answer); see `Sam2Backend.walk_many`."""
+        prompts, memories = self._remember_prompts(walks)
+        plan = plan_steps(walks, prompts, self._model.max_obj_ptrs_in_encoder)
+        gathered: dict[tuple[int, int], list[tuple[int, tuple[torch.Tensor, ...]]]] = {}
+        for together in rounds(plan.first):
+            # Steps that read the same prompted frames go into one batch.
+            together.sort(key=lambda step: step.root.memories)
+            for start in range(0, len(together), self.batch):
+                for answer, found in self._take(together[start : start + self.batch], memories):
+                    key = (answer.walk, answer.frame)
+                    parts = gathered.setdefault(key, [])
+                    parts.append((answer.object, found))
+                    if len(parts) == plan.waited_for[key]:
+                        yield answer.walk, self._gather(answer.frame, gathered.pop(key), plan.objects[answer.walk])
 
     def recall(self, frame: tuple[Embeddings, int], memories: Video, masks_mkss: np.ndarray) -> torch.Tensor:
         """Return a frame's features after attention to prompted frames, (K, C, H, W): a walk's step up to the decoder.
 
-        See `Sam2Backend.recall` for the arguments.
+        By sam2's own code, through which gradients flow. See `Sam2Backend.recall` for the arguments.
         """
         prompts = dict(enumerate(masks_mkss))
         shown, count = _check(memories, prompts, self._model.image_size)
         if not prompts or len(prompts) != len(memories) or not all(objects.all() for objects in shown.values()):
             raise ValueError("every object needs a mask on every remembered frame, and there must be one")
-        features, positions = self._features(frame, count)
+        features = self._features([frame] * count)
         recalled: torch.Tensor = self._model._prepare_memory_conditioned_features(
             frame_idx=len(memories),
             is_init_cond_frame=False,
             current_vision_feats=features[-1:],
-            current_vision_pos_embeds=positions[-1:],
+            current_vision_pos_embeds=[self._position_hwc.expand(-1, count, -1)],
             feat_sizes=self._feature_sizes[-1:],
             output_dict={
-                "cond_frame_outputs": {t: self._prompted(memories[t], mask) for t, mask in prompts.items()},
+                "cond_frame_outputs": {t: self._entry(memories[t], mask) for t, mask in prompts.items()},
                 "non_cond_frame_outputs": {},
             },
             num_frames=len(memories) + 1,
         )
         return recalled
 
-    def _features(self, frame: tuple[Embeddings, int], objects: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        embeddings, index = frame
-        maps = [*embeddings.high(index), embeddings.top(index)]
-        features = [m.to(self._device).flatten(1).T[:, None].expand(-1, objects, -1) for m in maps]
-        # Only the coarsest position encoding is read.
-        return features, [self._position_hwc.expand(-1, objects, -1)] * 3
+    def _entry(self, frame: tuple[Embeddings, int], masks_kss: np.ndarray) -> dict[str, Any]:
+        """Return a prompted frame's entry of the memory bank, as sam2 reads it."""
+        wanted = {_key(frame, mask): (frame, mask) for mask in masks_kss}
+        kept = self._prompted(wanted)
+        found = [kept[_key(frame, mask)] for mask in masks_kss]
+        position = self._memory_position.expand(len(found), -1, -1, -1)
+        return {
+            "maskmem_features": torch.cat([spatial for spatial, _ in found]),
+            "maskmem_pos_enc": [position],
+            "obj_ptr": torch.cat([pointer for _, pointer in found]),
+        }
 
-    def _prompted(self, frame: tuple[Embeddings, int], masks_kss: np.ndarray) -> Memory:
-        """Make the memory of a prompted frame: the mask is taken for the answer, as sam2 does with mask prompts."""
-        embeddings, index = frame
-        keys = [
-            hashlib.sha256(f"{embeddings.key} {index} ".encode() + np.packbits(mask).tobytes()).hexdigest()
-            for mask in masks_kss
-        ]
-        kept = [self._memories.get(key) for key in keys]
-        absent = [k for k, memory in enumerate(kept) if memory is None]
-        if absent:
-            model = self._model
-            masks = torch.from_numpy(masks_kss[absent]).to(self._device)[:, None].float()
-            features, positions = self._features(frame, len(absent))
+    def _remember_prompts(
+        self, walks: Sequence[VideoWalk]
+    ) -> tuple[list[dict[int, dict[int, str]]], dict[str, Memory]]:
+        """Return the keys of each walk's prompts by position and object, and their memories."""
+        prompts: list[dict[int, dict[int, str]]] = []
+        wanted: dict[str, tuple[tuple[Embeddings, int], np.ndarray]] = {}
+        known: dict[tuple[str, int, int, int], str] = {}
+        alive: list[np.ndarray] = []
+        for walk in walks:
+            shown, _ = _check(walk.video, walk.masks_kss, self._model.image_size)
+            keys: dict[int, dict[int, str]] = {}
+            for t, present in shown.items():
+                embeddings, index = walk.video[t]
+                masks_kss = walk.masks_kss[t]
+                alive.append(masks_kss)  # so that no other gets its id
+                for k in np.flatnonzero(present).tolist():
+                    mask = masks_kss[k]
+                    seen = (embeddings.key, index, id(masks_kss), k)
+                    key = known.get(seen) or known.setdefault(seen, _key(walk.video[t], mask))
+                    wanted.setdefault(key, (walk.video[t], mask))
+                    keys.setdefault(t, {})[k] = key
+            prompts.append(keys)
+        return prompts, self._prompted(wanted)
+
+    def _prompted(self, wanted: Mapping[str, tuple[tuple[Embeddings, int], np.ndarray]]) -> dict[str, Memory]:
+        """Make the memories of prompted frames: the mask is taken for the answer, as sam2 does with mask prompts."""
+        kept = {key: self._memories.get(key) for key in wanted}
+        absent = [key for key, memory in kept.items() if memory is None]
+        model = self._model
+        for start in range(0, len(absent), self.batch):
+            keys = absent[start : start + self.batch]
+            masks = torch.from_numpy(np.stack([wanted[key][1] for key in keys])).to(self._device)[:, None].float()
+            features = self._features([wanted[key][0] for key in keys])
             _, outputs, _, _ = model._track_step(
                 frame_idx=0,
                 is_init_cond_frame=True,
                 current_vision_feats=features,
-                current_vision_pos_embeds=positions,
+                current_vision_pos_embeds=None,
                 feat_sizes=self._feature_sizes,
                 point_inputs=None,
                 mask_inputs=masks,
@@ -145,77 +163,195 @@ class VideoWalker:
             # sam2 encodes the prompt after it went through the low resolution of its own answers.
             size = (model.image_size, model.image_size)
             high_res = interpolate(low_res, size=size, mode="bilinear", align_corners=False)
-            spatial, _ = model._encode_new_memory(
-                current_vision_feats=features,
-                feat_sizes=self._feature_sizes,
-                pred_masks_high_res=high_res,
-                object_score_logits=score,
-                is_mask_from_pts=True,
-            )
-            for row, k in enumerate(absent):
-                memory = (_rounded(spatial[row : row + 1]), pointer[row : row + 1].clone())
-                kept[k] = memory
-                self._memories.put(keys[k], memory)
-        found = [memory for memory in kept if memory is not None]
-        return self._entry(torch.cat([m[0] for m in found]), torch.cat([m[1] for m in found]))
+            spatial = self._encoded(features, high_res, score, prompted=True)
+            for row, key in enumerate(keys):
+                memory = (spatial[row : row + 1].clone(), pointer[row : row + 1].clone())
+                kept[key] = memory
+                self._memories.put(key, memory)
+        return {key: memory for key, memory in kept.items() if memory is not None}
 
-    def _step(self, video: Video, t: int, bank: _Bank, *, reverse: bool) -> tuple[torch.Tensor, ...]:
+    def _take(
+        self, steps: Sequence[Step], memories: Mapping[str, Memory]
+    ) -> list[tuple[Answer, tuple[torch.Tensor, ...]]]:
+        """Take steps at once: their answers, and what they leave to those that follow."""
         model = self._model
-        features, positions = self._features(video[t], len(bank.objects))
-        current: dict[str, Any] = {}
-        _, outputs, _, _ = model._track_step(
-            frame_idx=t,
-            is_init_cond_frame=False,
-            current_vision_feats=features,
-            current_vision_pos_embeds=positions,
-            feat_sizes=self._feature_sizes,
-            point_inputs=None,
-            mask_inputs=None,
-            output_dict={"cond_frame_outputs": bank.conditioning, "non_cond_frame_outputs": bank.recent},
-            num_frames=len(video),
-            track_in_reverse=reverse,
-            prev_sam_mask_logits=None,
+        features = self._features([step.frame for step in steps])
+        read = self._read(steps, features[-1], memories)
+        high = [
+            x.permute(1, 2, 0).unflatten(2, size) for x, size in zip(features[:-1], self._feature_sizes, strict=False)
+        ]
+        _, _, ious, _, high_res, pointer, score = model._forward_sam_heads(
+            backbone_features=read, high_res_features=high, multimask_output=model._use_multimask(False, None)
         )
-        _, _, ious, _, high_res, pointer, score = outputs
-        model._encode_memory_in_output(features, self._feature_sizes, None, True, high_res, score, current)
-        bank.remember(t, self._entry(_rounded(current["maskmem_features"]), pointer))
-        best_iou = ious.float().amax(dim=-1) if ious.ndim == 2 else ious.float()
-        return high_res[:, 0].float(), score.float().reshape(-1), best_iou
+        followed = [row for row, step in enumerate(steps) if step.next]
+        spatial = None
+        if followed:
+            rows = torch.tensor(followed, device=self._device)
+            spatial = self._encoded([features[-1][:, rows]], high_res[rows], score[rows], prompted=False)
+        found: list[tuple[Answer, tuple[torch.Tensor, ...]]] = []
+        for row, step in enumerate(steps):
+            answer = (high_res[row, 0].float(), score[row].float().reshape(()), ious[row].float().amax())
+            found += [(asked, answer) for asked in step.answers]
+            if step.next and spatial is not None:
+                left = _Recent(step.offset, spatial[followed.index(row)].flatten(1).T, pointer[row])
+                state = self._state_after(step, left)
+                for following in step.next:
+                    following.state = state
+            step.state = None
+        return found
 
-    def _entry(self, spatial: torch.Tensor, pointer: torch.Tensor) -> Memory:
-        position = self._memory_position.expand(spatial.shape[0], -1, -1, -1)
-        return {"maskmem_features": spatial, "maskmem_pos_enc": [position], "obj_ptr": pointer}
+    def _read(self, steps: Sequence[Step], top_pbc: torch.Tensor, memories: Mapping[str, Memory]) -> torch.Tensor:
+        """Return the steps' features after attention to memory, (B, C, H, W)."""
+        if self._reader is None:
+            with torch.autocast(self._device.type, enabled=False):
+                self._reader = MemoryReader(self._model, self._device, self._dtype)
+        place: dict[tuple[str, int], int] = {}
+        for step in steps:
+            place.setdefault((step.frame[0].key, step.frame[1]), len(place))
+        frame_b = [place[step.frame[0].key, step.frame[1]] for step in steps]
+        first_row = [frame_b.index(u) for u in range(len(place))]
+        with torch.autocast(self._device.type, enabled=False):
+            readers = self._readers(steps, memories)
+            read_bpc = self._reader.read(top_pbc[:, first_row].transpose(0, 1), frame_b, readers)
+        return read_bpc.transpose(1, 2).unflatten(2, self._feature_sizes[-1])
 
-    def _gather(self, t: int, answers: list[tuple[_Bank, tuple[torch.Tensor, ...]]], count: int) -> Propagated:
+    def _readers(self, steps: Sequence[Step], memories: Mapping[str, Memory]) -> list[Readers]:
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        pasts = [self._past(step, memories) for step in steps]
+        for row, (step, past) in enumerate(zip(steps, pasts, strict=True)):
+            groups.setdefault((step.root.memories, len(past.recent), len(past.pointers)), []).append(row)
+        return [
+            Readers(
+                rows=rows,
+                shared=self._share(steps[rows[0]].root, memories),
+                own=self._own([pasts[row] for row in rows]),
+            )
+            for rows in groups.values()
+        ]
+
+    def _share(self, root: Root, memories: Mapping[str, Memory]) -> SharedMemory:
+        found = self._shared.get(root.memories)
+        if found is None:
+            assert self._reader is not None
+            tokens = torch.cat([memories[key][0].float().flatten(2)[0].T for key in root.memories])
+            position = self._memory_position[0].flatten(1).T + self._model.maskmem_tpos_enc[-1, 0]
+            found = self._reader.share(tokens, position.repeat(len(root.memories), 1))
+            self._shared.put(root.memories, found)
+        return found
+
+    def _past(self, step: Step, memories: Mapping[str, Memory]) -> _Past:
+        """Say which memories a step reads beside the prompted frames' locations; see ``SAM2Base``."""
+        past: tuple[_Recent, ...] = step.state or ()
+        near = self._model.num_maskmem
+        recent = [left for left in past if left.spatial_pd is not None and step.offset - left.offset < near]
+        pointers = [
+            (step.offset - prompt.offset, memories[prompt.memory][1][0])
+            for prompt in step.root.prompts
+            if prompt.offset <= step.offset
+        ]
+        reach = step.root.pointer_limit - 1
+        pointers += [(step.offset - left.offset, left.pointer_c) for left in past if step.offset - left.offset <= reach]
+        return _Past(step.offset, recent, pointers, reach)
+
+    def _own(self, pasts: Sequence[_Past]) -> OwnMemory | None:
+        """Stack what objects with equally much past remember of their walks."""
+        model = self._model
+        place_pd = self._memory_position[0].flatten(1).T
+        tokens, positions = [], []
+        for past in pasts:
+            own = [left.spatial_pd.float() for left in past.recent if left.spatial_pd is not None]
+            # The nearest frame has the first of the encodings of distance.
+            where = [place_pd + model.maskmem_tpos_enc[past.offset - left.offset - 1, 0] for left in past.recent]
+            if past.pointers:
+                pointers_nc = torch.stack([pointer.float() for _, pointer in past.pointers])
+                own.append(pointers_nc.reshape(-1, model.mem_dim))
+                where.append(self._pointer_positions([distance for distance, _ in past.pointers], past.reach))
+            if not own:
+                return None
+            tokens.append(torch.cat(own))
+            positions.append(torch.cat(where))
+        parts = model.hidden_dim // model.mem_dim
+        return OwnMemory(
+            tokens_bmd=torch.stack(tokens),
+            positions_bmd=torch.stack(positions),
+            pointers=len(pasts[0].pointers) * parts,
+        )
+
+    def _pointer_positions(self, distances: Sequence[int], reach: int) -> torch.Tensor:
+        from sam2.modeling.sam2_utils import get_1d_sine_pe
+
+        model = self._model
+        parts = model.hidden_dim // model.mem_dim
+        if not model.add_tpos_enc_to_obj_ptrs:
+            return torch.zeros(len(distances) * parts, model.mem_dim, device=self._device)
+        width = model.hidden_dim if model.proj_tpos_enc_in_obj_ptrs else model.mem_dim
+        relative = torch.tensor(distances, device=self._device) / reach
+        encoded: torch.Tensor = model.obj_ptr_tpos_proj(get_1d_sine_pe(relative, dim=width))
+        return encoded.float().repeat_interleave(parts, dim=0)
+
+    def _state_after(self, step: Step, left: _Recent) -> tuple[_Recent, ...]:
+        """Return what frames after this one may still read."""
+        reach = max(self._model.num_maskmem, step.root.pointer_limit) - 1
+        kept = []
+        for old in step.state or ():
+            distance = step.offset + 1 - old.offset
+            if distance <= reach:
+                # Of frames farther away the pointer alone is read.
+                kept.append(old if distance < self._model.num_maskmem else old._replace(spatial_pd=None))
+        return (*kept, left)
+
+    def _encoded(
+        self, features: Sequence[torch.Tensor], high_res: torch.Tensor, score: torch.Tensor, *, prompted: bool
+    ) -> torch.Tensor:
+        spatial, _ = self._model._encode_new_memory(
+            current_vision_feats=list(features),
+            feat_sizes=self._feature_sizes,
+            pred_masks_high_res=high_res,
+            object_score_logits=score,
+            is_mask_from_pts=prompted,
+        )
+        # sam2's predictor rounds spatial memories; the format that attention computes in is another matter.
+        return spatial.to(torch.bfloat16).to(spatial.dtype)
+
+    def _features(self, frames: Sequence[tuple[Embeddings, int]]) -> list[torch.Tensor]:
+        """Return frames' three maps as sam2 passes them on, (locations, B, channels); a frame is read once."""
+        place: dict[tuple[str, int], int] = {}
+        maps: list[list[torch.Tensor]] = [[], [], []]
+        for embeddings, index in frames:
+            if (embeddings.key, index) not in place:
+                place[embeddings.key, index] = len(place)
+                for kept, m in zip(maps, (*embeddings.high(index), embeddings.top(index)), strict=True):
+                    kept.append(m.to(self._device).flatten(1).T)
+        which = torch.tensor([place[embeddings.key, index] for embeddings, index in frames], device=self._device)
+        return [torch.stack(kept, dim=1)[:, which] for kept in maps]
+
+    def _gather(self, t: int, answers: list[tuple[int, tuple[torch.Tensor, ...]]], count: int) -> Propagated:
         from sam2.modeling.sam2_base import NO_OBJ_SCORE
 
         size = self._model.image_size
         logits = torch.full((count, size, size), NO_OBJ_SCORE, device=self._device)
         score = torch.full((count,), NO_OBJ_SCORE, device=self._device)
         iou = torch.zeros(count, device=self._device)
-        for bank, (bank_logits, bank_score, bank_iou) in answers:
-            logits[bank.objects], score[bank.objects], iou[bank.objects] = bank_logits, bank_score, bank_iou
+        for k, found in answers:
+            logits[k], score[k], iou[k] = found
         return Propagated(frame=t, logits_kss=logits, object_score_k=score, iou_k=iou)
 
 
-class _Bank:
-    """Hold the memories of objects that were prompted on the same frames."""
+class _Recent(NamedTuple):
+    """Hold what an answered frame leaves behind."""
 
-    def __init__(self, objects: list[int], conditioning: dict[int, Memory], model: Any) -> None:
-        self.objects = objects
-        self.conditioning = conditioning
-        self.recent: dict[int, Memory] = {}
-        stride = int(model.memory_temporal_stride_for_eval)
-        self._reach = max(model.num_maskmem * stride, model.max_obj_ptrs_in_encoder)
-        self._spatial_reach = model.num_maskmem * stride
+    offset: int
+    spatial_pd: torch.Tensor | None
+    pointer_c: torch.Tensor
 
-    def remember(self, t: int, memory: Memory) -> None:
-        self.recent[t] = memory
-        for old in [key for key in self.recent if abs(key - t) > self._reach]:
-            del self.recent[old]
-        for old, kept in self.recent.items():
-            if abs(old - t) > self._spatial_reach:
-                kept["maskmem_features"] = None
+
+class _Past(NamedTuple):
+    """Hold what one step reads of its own walk, pointers with their distance."""
+
+    offset: int
+    recent: list[_Recent]
+    pointers: list[tuple[int, torch.Tensor]]
+    reach: int
 
 
 def _check(video: Video, masks_kss: Mapping[int, np.ndarray], size: int) -> tuple[dict[int, np.ndarray], int]:
@@ -231,20 +367,13 @@ def _check(video: Video, masks_kss: Mapping[int, np.ndarray], size: int) -> tupl
     return {t: np.asarray(mask.any(axis=(1, 2))) for t, mask in masks_kss.items()}, counts.pop() if counts else 0
 
 
-def _groups(prompts: Mapping[int, np.ndarray], count: int) -> list[tuple[tuple[int, ...], list[int]]]:
-    """Group objects by the frames that prompt them; objects without any prompt are left out."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for k in range(count):
-        frames = tuple(t for t in sorted(prompts) if prompts[t][k])
-        if frames:
-            groups.setdefault(frames, []).append(k)
-    return list(groups.items())
+def _key(frame: tuple[Embeddings, int], mask_ss: np.ndarray) -> str:
+    embeddings, index = frame
+    return hashlib.sha256(f"{embeddings.key} {index} ".encode() + np.packbits(mask_ss).tobytes()).hexdigest()
 
 
-def _rounded(spatial: torch.Tensor) -> torch.Tensor:
-    """Round spatial memories as sam2's predictor does, but keep the format that attention computes in."""
-    return spatial.to(torch.bfloat16).to(spatial.dtype)
-
-
-def _size(memory: tuple[torch.Tensor, torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in memory)
+def _step_bytes(model: Any) -> int:
+    """Estimate what one object's step computes at a time: features, hidden features, maps of the decoder, masks."""
+    locations = (model.image_size // 16) ** 2
+    hidden = model.memory_attention.layers[0].linear1.out_features
+    return 4 * locations * (hidden + 16 * model.hidden_dim) + 4 * 8 * model.image_size**2

@@ -77,6 +77,17 @@ class Propagated:
     iou_k: torch.Tensor
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VideoWalk:
+    """Lay out one walk of K objects through a pseudo-video, as `Sam2Backend.propagate` takes it."""
+
+    video: Sequence[tuple[Embeddings, int]]
+    masks_kss: Mapping[int, np.ndarray]
+    reverse: bool = False
+    asked: frozenset[int] | None = None
+    """Positions in the video whose answers are wanted; the walk ends at the last of them. None means all."""
+
+
 class Sam2Backend(Protocol):
     """Encode frames once, then answer prompts on single frames and carry masks through pseudo-videos."""
 
@@ -144,6 +155,14 @@ class Sam2Backend(Protocol):
         reverse: bool = False,
     ) -> Iterator[Propagated]:
         """Yield what `propagate` returns frame by frame, so that a long video's masks never lie in memory together."""
+        ...
+
+    def walk_many(self, walks: Sequence[VideoWalk]) -> Iterator[tuple[int, Propagated]]:
+        """Yield (number of the walk, answer) for many walks that advance together.
+
+        Each walk's frames come in its order; those of different walks come mixed. What walks have in common is
+        computed once.
+        """
         ...
 
     def computing(self, *, reduced: bool = False, gradients: bool = False) -> AbstractContextManager[None]:

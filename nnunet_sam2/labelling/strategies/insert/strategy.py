@@ -5,6 +5,7 @@ Shape letters: N query slices, M support slices, K classes, S model size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,13 +20,14 @@ from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.option_checks import at_least, one_of
 from nnunet_sam2.labelling.strategies.insert.plans import LEAST_TO_SWITCH, MODES, Asked, Pair, Plan
 from nnunet_sam2.labelling.strategies.insert.sources import InsertSource, InsertSources
-from nnunet_sam2.labelling.strategies.insert.videos import QUERY
+from nnunet_sam2.labelling.strategies.insert.videos import QUERY, Walk
 from nnunet_sam2.labelling.strategies.transfer.memory import slice_descriptors
-from nnunet_sam2.sam2.protocol import Propagated, Sam2Backend
+from nnunet_sam2.sam2.protocol import Sam2Backend, VideoWalk
 from nnunet_sam2.support.cases import Query, Support
 
 _INSERTIONS = 3
 """Places for each support where the user names no number: where there is room for so many."""
+_MEMBERS_BYTES = 2**29
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +141,7 @@ class Insert:
                 f"no slice of the supports ({cases}) shows a class at model size {query.frames.size}; "
                 f"give other supports or a larger --image-size"
             )
+        planned: list[_Planned] = []
         for number, source in enumerate(sources):
             chosen = {
                 value: source if source in able else able[number % len(able)] for value, able in lenders.items() if able
@@ -155,7 +158,12 @@ class Insert:
             for insertion in range(count):
                 # A class with fewer places than another takes part in all members, or their mean would lack it.
                 placed = {v: found[insertion % len(found)] for v, found in plans.items()}
-                yield self._member(query, source, chosen, placed, class_values, backend, insertion)
+                planned.append(_Planned(owner=source, chosen=chosen, placed=placed, insertion=insertion))
+        # Members whose walks advance together share steps, and lie in memory together.
+        member_bytes = 4 * len(class_values) * len(query.frames) * math.prod(query.frames.slice_shape_hw)
+        together = max(1, _MEMBERS_BYTES // member_bytes)
+        for start in range(0, len(planned), together):
+            yield from self._members(query, planned[start : start + together], class_values, backend)
 
     def _lenders(self, value: int, sources: Sequence[InsertSource]) -> list[InsertSource]:
         """Return the supports that can prompt a class."""
@@ -182,67 +190,97 @@ class Insert:
         )
         return MODES[options.mode](pair, asked, rng)
 
-    def _member(
-        self,
-        query: Query,
-        owner: InsertSource,
-        chosen: Mapping[int, InsertSource],
-        placed: Mapping[int, Plan],
-        class_values: tuple[int, ...],
-        backend: Sam2Backend,
-        insertion: int,
-    ) -> Member:
+    def _members(
+        self, query: Query, planned: Sequence[_Planned], class_values: tuple[int, ...], backend: Sam2Backend
+    ) -> Iterator[Member]:
+        """Carry the classes of several members through all their videos at once."""
         shape_hw = query.frames.slice_shape_hw
-        prob_knhw = np.zeros((len(class_values), len(query.frames), *shape_hw), np.float32)
-        classes: dict[str, Any] = {}
-        for k, value in enumerate(class_values):
-            if value not in chosen:
-                classes[str(value)] = {"absent_in_all_supports": True}
-                continue
-            visits = np.zeros(len(query.frames), int)
-            scores: list[float] = []
-            for n, answer in _answers(query, chosen[value], value, placed[value], backend):
-                prob_ss = torch.sigmoid(answer.logits_kss[0]).cpu().numpy()
-                prob_knhw[k, n] += resize(prob_ss[None], shape_hw)[0]
-                visits[n] += 1
-                if (prob_ss > 0.5).any():
-                    scores.append(float(answer.iou_k[0]))
-            prob_knhw[k] /= np.maximum(visits, 1)[:, None, None]
-            classes[str(value)] = {
-                **chosen[value].record(value),
-                "place": placed[value].place,
-                "slices_found": len(scores),
-                "estimated_iou": float(np.mean(scores)) if scores else None,
-            }
-        return Member(
-            name=f"insert:{owner.support.case_id}:{insertion}",
-            prob_kzyx=query.frames.slices_back(prob_knhw),
-            record={
-                "support": owner.support.case_id,
-                "insertion": insertion,
-                "mode": self._options.mode,
-                "classes": classes,
-            },
-        )
+        tallies = [{value: _Tally.empty(len(query.frames), shape_hw) for value in member.placed} for member in planned]
+        asked: list[tuple[_Tally, Walk]] = []
+        walks: list[VideoWalk] = []
+        masks: dict[tuple[int, int], dict[int, np.ndarray]] = {}
+        for member, tally in zip(planned, tallies, strict=True):
+            for value, plan in member.placed.items():
+                source = member.chosen[value]
+                if (id(source), value) not in masks:
+                    masks[id(source), value] = {m: source.mask(value, m)[None] for m in source.prompts(value)}
+                for walk in plan.walks:
+                    asked.append((tally[value], walk))
+                    walks.append(_laid_out(query, source, masks[id(source), value], walk))
+        for number, answer in backend.walk_many(walks):
+            tally_of_class, walk = asked[number]
+            prob_ss = torch.sigmoid(answer.logits_kss[0]).cpu().numpy()
+            _, n = walk.slots[answer.frame]
+            tally_of_class.add(n, prob_ss, float(answer.iou_k[0]), shape_hw)
+        # Before a caller keeps what this yields.
+        walks.clear()
+        masks.clear()
+        for member, tally in zip(planned, tallies, strict=True):
+            prob_knhw = np.zeros((len(class_values), len(query.frames), *shape_hw), np.float32)
+            classes: dict[str, Any] = {}
+            for k, value in enumerate(class_values):
+                if value not in member.placed:
+                    classes[str(value)] = {"absent_in_all_supports": True}
+                    continue
+                found = tally.pop(value)
+                prob_knhw[k] = found.mean()
+                classes[str(value)] = {
+                    **member.chosen[value].record(value),
+                    "place": member.placed[value].place,
+                    "slices_found": len(found.scores),
+                    "estimated_iou": float(np.mean(found.scores)) if found.scores else None,
+                }
+            yield Member(
+                name=f"insert:{member.owner.support.case_id}:{member.insertion}",
+                prob_kzyx=query.frames.slices_back(prob_knhw),
+                record={
+                    "support": member.owner.support.case_id,
+                    "insertion": member.insertion,
+                    "mode": self._options.mode,
+                    "classes": classes,
+                },
+            )
 
 
-def _answers(
-    query: Query, source: InsertSource, value: int, plan: Plan, backend: Sam2Backend
-) -> Iterator[tuple[int, Propagated]]:
-    """Yield (query slice, answer) for the walks that one place of one class stands for."""
-    prompts = set(source.prompts(value))
-    for walk in plan.walks:
-        volumes = [query.embeddings if kind == QUERY else source.support.embeddings for kind, _ in walk.slots]
-        video = [(embeddings, n) for embeddings, (_, n) in zip(volumes, walk.slots, strict=True)]
-        masks = {
-            t: source.mask(value, m)[None] for t, (kind, m) in enumerate(walk.slots) if kind != QUERY and m in prompts
-        }
-        missing = set(walk.asked)
-        for answer in backend.walk(video, masks, reverse=walk.reverse):
-            kind, n = walk.slots[answer.frame]
-            if kind == QUERY and n in missing:
-                missing.discard(n)
-                yield n, answer
-            if not missing:
-                # What lies behind the last query slice asked for is of no use.
-                break
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Planned:
+    """Say how one member is made: which support lends each class, and where it is placed."""
+
+    owner: InsertSource
+    chosen: Mapping[int, InsertSource]
+    placed: Mapping[int, Plan]
+    insertion: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Tally:
+    """Add up what the walks of one class in one member say."""
+
+    prob_nhw: np.ndarray
+    visits_n: np.ndarray
+    scores: list[float]
+
+    @classmethod
+    def empty(cls, slices: int, shape_hw: tuple[int, int]) -> _Tally:
+        prob_nhw = np.zeros((slices, *shape_hw), np.float32)
+        return cls(prob_nhw=prob_nhw, visits_n=np.zeros(slices, int), scores=[])
+
+    def add(self, n: int, prob_ss: np.ndarray, iou: float, shape_hw: tuple[int, int]) -> None:
+        self.prob_nhw[n] += resize(prob_ss[None], shape_hw)[0]
+        self.visits_n[n] += 1
+        if (prob_ss > 0.5).any():
+            self.scores.append(iou)
+
+    def mean(self) -> np.ndarray:
+        self.prob_nhw[...] /= np.maximum(self.visits_n, 1)[:, None, None]
+        return self.prob_nhw
+
+
+def _laid_out(query: Query, source: InsertSource, masks: Mapping[int, np.ndarray], walk: Walk) -> VideoWalk:
+    volumes = [query.embeddings if kind == QUERY else source.support.embeddings for kind, _ in walk.slots]
+    return VideoWalk(
+        video=[(embeddings, n) for embeddings, (_, n) in zip(volumes, walk.slots, strict=True)],
+        masks_kss={t: masks[m] for t, (kind, m) in enumerate(walk.slots) if kind != QUERY and m in masks},
+        reverse=walk.reverse,
+        asked=frozenset(t for t, (kind, n) in enumerate(walk.slots) if kind == QUERY and n in walk.asked),
+    )
