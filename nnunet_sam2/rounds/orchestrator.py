@@ -11,14 +11,15 @@ from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import say
 from nnunet_sam2.rounds.context import RunContext, load_labeller
 from nnunet_sam2.rounds.convergence import RoundOutcome, StopReason, best_round, stop_reason
+from nnunet_sam2.rounds.labelling_stages import LabellingStages
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, Ledger
 from nnunet_sam2.rounds.lock import only_run
 from nnunet_sam2.rounds.nnunet import PLANS
 from nnunet_sam2.rounds.nnunet.plan import SPLITS_FILE
 from nnunet_sam2.rounds.options import RunOptions, describe_difference
 from nnunet_sam2.rounds.pseudo_labels import Fused
-from nnunet_sam2.rounds.stages import Stages, Student
 from nnunet_sam2.rounds.state import RunState, read_state, run_folder, state_of_events
+from nnunet_sam2.rounds.training_stages import Student, TrainingStages
 from nnunet_sam2.storage import read_json, remove_temporary_files
 from nnunet_sam2.trainers.settings import SETTINGS_KEY
 
@@ -41,14 +42,14 @@ def run_loop(folders: DatasetFolders, options: RunOptions) -> RunState:
         ledger = Ledger(folder)
         _remember_options(ledger, folder, options)
         remove_temporary_files(folder)
-        stages = Stages(RunContext(folders=folders, cohort=cohort, options=options, ledger=ledger, folder=folder))
-        _alternate(stages, options, ledger)
+        _alternate(RunContext(folders=folders, cohort=cohort, options=options, ledger=ledger, folder=folder))
     return read_state(folders, options.run_name)
 
 
-def _alternate(stages: Stages, options: RunOptions, ledger: Ledger) -> None:
-    stages.prepare()
-    support_labels = stages.label_from_supports()
+def _alternate(run: RunContext) -> None:
+    options, sam2, nnunet = run.options, LabellingStages(run), TrainingStages(run)
+    nnunet.prepare()
+    support_labels = sam2.label_from_supports()
 
     outcomes: list[RoundOutcome] = []
     student: Student | None = None
@@ -56,8 +57,8 @@ def _alternate(stages: Stages, options: RunOptions, ledger: Ledger) -> None:
     students: dict[int, Student] = {}
     labels_of: dict[int, Fused] = {}
     if not options.skip_baseline:
-        stages.make_data(0, labels=None)
-        student = students[0] = stages.train(0, warm_start=None)
+        nnunet.make_data(0, labels=None)
+        student = students[0] = nnunet.train(0, warm_start=None)
         outcomes.append(RoundOutcome(number=0, change=None, validation_dice=student.validation_dice))
 
     reason: StopReason | None = None
@@ -65,14 +66,14 @@ def _alternate(stages: Stages, options: RunOptions, ledger: Ledger) -> None:
     while reason is None:
         number += 1
         if student is not None:
-            stages.predict(student)
-        refined = stages.refine(number, student) if student is not None and number > 1 else None
-        labels = labels_of[number] = stages.fuse(number, support_labels, student, refined, previous=labels)
+            nnunet.predict(student)
+        refined = sam2.refine(number, student) if student is not None and number > 1 else None
+        labels = labels_of[number] = sam2.fuse(number, support_labels, student, refined, previous=labels)
         if not labels.used_cases:
             reason = StopReason.NOTHING_TO_LABEL
             break
-        stages.make_data(number, labels=labels)
-        student = students[number] = stages.train(number, warm_start=student)
+        nnunet.make_data(number, labels=labels)
+        student = students[number] = nnunet.train(number, warm_start=student)
         outcomes.append(RoundOutcome(number=number, change=labels.change, validation_dice=student.validation_dice))
         say(_describe(outcomes[-1], options))
         reason = stop_reason(
@@ -92,13 +93,14 @@ def _alternate(stages: Stages, options: RunOptions, ledger: Ledger) -> None:
     if options.has_final and best > 0:
         # the labels of the best round, and the whole schedule that the rounds were too short for
         last = max(students) + 1
-        stages.make_data(last, labels=labels_of[best], final=True)
-        students[last] = stages.train(last, warm_start=None, final=True)
+        nnunet.make_data(last, labels=labels_of[best], final=True)
+        students[last] = nnunet.train(last, warm_start=None, final=True)
         outcomes.append(RoundOutcome(number=last, change=None, validation_dice=students[last].validation_dice))
         best = best_round([o for o in outcomes if o.number in (best, last)])
 
-    stages.finish(students[best], support_labels)
-    ledger.append(
+    nnunet.predict(students[best])
+    sam2.finish(students[best], support_labels)
+    run.ledger.append(
         "stopped",
         reason=reason.value,
         best_round=best,

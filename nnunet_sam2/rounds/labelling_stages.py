@@ -1,4 +1,4 @@
-"""The stages of a run, each recorded in the ledger with what went in and what came out."""
+"""The stages that make labels: SAM 2's, judged, fused with the student's; each recorded in the ledger."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_sam2.labelling.job import CONFIDENCE, label_files
+from nnunet_sam2.labelling.job import label_files
 from nnunet_sam2.labelling.labeller import label_cases
 from nnunet_sam2.labelling.leave_one_out import DiceTable, estimated_quality
 from nnunet_sam2.labelling.quality.calibration import Calibration
@@ -16,25 +16,12 @@ from nnunet_sam2.labelling.quality.options import QualityOptions
 from nnunet_sam2.labelling.quality.record import calibration_of, read_estimates
 from nnunet_sam2.labelling.records import record_path
 from nnunet_sam2.labelling.registry import make_strategy
-from nnunet_sam2.rounds import nnunet
 from nnunet_sam2.rounds.context import RunContext
 from nnunet_sam2.rounds.ledger import StageResult
 from nnunet_sam2.rounds.pseudo_labels import Fused, fuse_cases
+from nnunet_sam2.rounds.training_stages import Student
 from nnunet_sam2.storage import read_json
 from nnunet_sam2.support.library import PROBABILITIES
-
-
-@dataclass(frozen=True, kw_only=True)
-class Student:
-    """Hold the nnU-Net of one round."""
-
-    number: int
-    configuration: str
-    checkpoint: Path
-    validation_dice: float | None
-    """Mean Dice on the fold's held-out human labels; None where there are none."""
-    validation_by_class: dict[str, float]
-    digest: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,43 +37,11 @@ class SupportLabels:
     digest: str
 
 
-class Stages:
-    """Run the stages of one run; every method may be called again and then returns what is there."""
+class LabellingStages:
+    """Make the labels of one run; every method may be called again and then returns what is there."""
 
     def __init__(self, run: RunContext) -> None:
         self.run = run
-
-    # -- once a run ---------------------------------------------------------------------------------------------
-
-    def prepare(self) -> None:
-        """Fingerprint, plan and preprocess: plans from the labelled cases alone, images of the unlabelled ones once."""
-
-        def work() -> StageResult:
-            nnunet.plan_and_preprocess(
-                self.run.folders,
-                self.run.cohort,
-                self.run.options.configuration,
-                log=self.run.logs / "plan_and_preprocess.log",
-            )
-            folds = nnunet.write_splits(self.run.folders, self.run.cohort)
-            nnunet.preprocess_unlabelled(
-                self.run.folders,
-                self.run.cohort,
-                self.run.options.configuration,
-                [c.case_id for c in self.run.cohort.unlabelled],
-            )
-            return StageResult(
-                files=(self.run.folders.preprocessed / "dataset_fingerprint.json",), info={"folds": folds}
-            )
-
-        inputs = {
-            "configuration": self.run.options.configuration,
-            "cases": {c.case_id: [c.role.value, c.patient, c.voxel_hash] for c in self.run.cohort.cases},
-            "labels": self.run.human_label_hashes,
-        }
-        self.run.ledger.run_stage(
-            "setup/plan", inputs, work, what="nnU-Net plans and preprocesses; plans see the labelled cases alone"
-        )
 
     def label_from_supports(self) -> SupportLabels:
         """Label the unlabelled cases by SAM 2 from the supports, and the labelled ones to see how good that is."""
@@ -144,30 +99,36 @@ class Stages:
             digest=labelled["digest"],
         )
 
-    # -- every round --------------------------------------------------------------------------------------------
-
     def refine(self, number: int, student: Student) -> Path | None:
         """Prompt SAM 2 with the student's predictions; return the refined probabilities, None where it cannot help.
 
-        Whether a class gains by it is checked on the fold's validation cases, which the student has not seen.
+        By the run's own strategy where that takes a student, else by ``prompted``. Whether a class gains by it is
+        checked on the fold's validation cases, which the student has not seen.
         """
+        own = self.run.options.strategy
+        takes_student = getattr(make_strategy(own, self.run.options.strategy_options), "uses_student", False)
+        strategy = own if takes_student else "prompted"
         if not self.run.validation_ids:
             return None
         out = self.run.round_folder(number) / "prompted"
         predicted = self.run.round_folder(student.number) / "student" / PROBABILITIES
         inputs = {"student": student.digest, "sam2": self.run.sam2_identity, "image_size": self.run.options.image_size}
+        if strategy != "prompted":
+            inputs["strategy"] = strategy
 
         def work() -> StageResult:
             _, files = self._label(
                 [c.case_id for c in self.run.cohort.unlabelled],
                 self.run.validation_ids,
-                "prompted",
+                strategy,
                 out,
                 student_probabilities=predicted,
             )
             return StageResult(files=files)
 
-        self.run.ledger.run_stage(f"r{number:02d}/refine", inputs, work, what="SAM 2, prompted by the student")
+        self.run.ledger.run_stage(
+            f"r{number:02d}/refine", inputs, work, what=f"SAM 2, prompted by the student ({strategy})"
+        )
         return out / PROBABILITIES
 
     def fuse(
@@ -192,8 +153,7 @@ class Stages:
         )
 
     def finish(self, best: Student, supports: SupportLabels) -> Fused:
-        """Write the run's own labels: SAM 2's, fused with what the best round's model says."""
-        self.predict(best)
+        """Write the run's own labels: SAM 2's, fused with what the best round's model says (predicted before)."""
         return self._fuse(
             "finish/labels",
             self.run.folder / "labels",
@@ -203,119 +163,6 @@ class Stages:
             None,
             info={"best_round": best.number},
             what=f"final labels, with the model of round {best.number}",
-        )
-
-    def make_data(self, number: int, *, labels: Fused | None, final: bool = False) -> None:
-        """Build the round's immutable configuration: human labels and, from round 1 on, pseudo-labels."""
-        name = self.run.options.round_configuration(number, final=final)
-        settings = self.run.settings(number, final=final)
-        inputs = {
-            "setup": self.run.digest("setup/plan"),
-            "labels": labels.digest if labels else None,
-            "settings": settings.to_json(),
-            "configuration": name,
-        }
-
-        def work() -> StageResult:
-            made = nnunet.make_round_configuration(
-                self.run.folders,
-                self.run.cohort,
-                base_configuration=self.run.options.configuration,
-                name=name,
-                settings=settings,
-                pseudo_cases=labels.used_cases if labels else (),
-                labels=labels.folder if labels else None,
-                confidence=labels.folder / CONFIDENCE if labels else None,
-                overrides=self.run.overrides,
-            )
-            return StageResult(
-                info={
-                    "round": number,
-                    "configuration": name,
-                    "final": final,
-                    "key": made.key,
-                    "pseudo_labelled": len(labels.used_cases) if labels else 0,
-                }
-            )
-
-        self.run.ledger.run_stage(f"r{number:02d}/data", inputs, work, what=f"configuration {name}")
-
-    def train(self, number: int, *, warm_start: Student | None, final: bool = False) -> Student:
-        """Train the round's nnU-Net with ``nnUNetv2_train``; from round 1 on it starts with the last one's weights."""
-        name = self.run.options.round_configuration(number, final=final)
-        settings = self.run.settings(number, final=final)
-        # the data stage hashes the configuration without the checkpoint to start from: the digest stands for it here
-        inputs = {
-            "data": self.run.digest(f"r{number:02d}/data"),
-            "warm_start": warm_start.digest if warm_start else None,
-        }
-
-        def work() -> StageResult:
-            trained = nnunet.train(
-                self.run.folders,
-                name,
-                self.run.fold,
-                device=self.run.options.device,
-                log=self.run.logs / f"{name}_train.log",
-                threads=self.run.options.threads,
-            )
-            validation = (
-                nnunet.read_validation(self.run.folders, name, self.run.fold) if self.run.validation_ids else None
-            )
-            files = [trained.checkpoint] + ([trained.summary] if trained.summary else [])
-            return StageResult(
-                files=tuple(files),
-                info={
-                    "iterations": settings.num_epochs * settings.num_iterations_per_epoch,
-                    "validation_dice": validation.mean if validation else None,
-                    "validation_by_class": {k: v for k, v in validation.classes.items() if v is not None}
-                    if validation
-                    else {},
-                    "checkpoint": str(trained.checkpoint.relative_to(self.run.folders.results)),
-                },
-            )
-
-        event = self.run.ledger.run_stage(
-            f"r{number:02d}/train",
-            inputs,
-            work,
-            what=f"nnUNetv2_train {self.run.folders.dataset_id} {name} {self.run.fold}: "
-            f"{settings.num_epochs} epochs of {settings.num_iterations_per_epoch} iterations",
-        )
-        return Student(
-            number=number,
-            configuration=name,
-            checkpoint=self.run.folders.results / event["info"]["checkpoint"],
-            validation_dice=event["info"]["validation_dice"],
-            validation_by_class=event["info"]["validation_by_class"],
-            digest=event["digest"],
-        )
-
-    def predict(self, student: Student) -> None:
-        """Let the student segment the unlabelled cases, and the validation cases that check what prompts can do."""
-        out = self.run.round_folder(student.number) / "student"
-        cases = [*self.run.cohort.unlabelled, *(self.run.cohort.case(c) for c in self.run.validation_ids)]
-
-        def work() -> StageResult:
-            files = nnunet.predict_cases(
-                self.run.folders,
-                student.configuration,
-                [self.run.fold],
-                {c.case_id: self.run.cohort.image_paths(c) for c in cases},
-                out,
-                device=self.run.options.device,
-                log=self.run.logs / f"{student.configuration}_predict.log",
-                save_probabilities=True,
-                threads=self.run.options.threads,
-            )
-            probabilities = [out / PROBABILITIES / f"{c.case_id}.npz" for c in cases]
-            return StageResult(files=(*files, *probabilities))
-
-        self.run.ledger.run_stage(
-            f"r{student.number:02d}/predict",
-            {"student": student.digest, "cases": [c.case_id for c in cases]},
-            work,
-            what=f"the student segments {len(cases)} cases",
         )
 
     def judge(self, student: Student) -> str:
@@ -349,8 +196,6 @@ class Stages:
         )
         return str(done["digest"])
 
-    # -- what the stages share ----------------------------------------------------------------------------------
-
     def _fuse(
         self,
         stage: str,
@@ -363,7 +208,7 @@ class Stages:
         info: Mapping[str, Any],
         what: str,
     ) -> Fused:
-        validation = self._quality_by_value(student) if student else {}
+        validation = student.validation_by_value if student else {}
         judged = self.judge(student) if student else None
         unlabelled = [c.case_id for c in self.run.cohort.unlabelled]
         # Estimates that nobody calibrated weigh and scale, but are no ground to leave anything out.
@@ -433,12 +278,3 @@ class Stages:
 
     def _judged(self, student: Student) -> Path:
         return self.run.round_folder(student.number) / "student" / "quality"
-
-    def _quality_by_value(self, student: Student) -> dict[int, float]:
-        """Give each label value the validation Dice of its class, or the mean of the regions that hold it."""
-        quality: dict[int, list[float]] = {}
-        for name, dice in student.validation_by_class.items():
-            for value in name.strip("()").split(","):
-                if value.strip():
-                    quality.setdefault(int(value), []).append(dice)
-        return {value: sum(dices) / len(dices) for value, dices in quality.items()}

@@ -1,0 +1,90 @@
+"""What SAM 2 does in a run: every strategy gives the labels of the first round, and may take a student's later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nnunet_sam2.cohort.cohort import Cohort
+from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.labelling.records import record_path
+from nnunet_sam2.labelling.registry import STRATEGIES
+from nnunet_sam2.rounds.context import RunContext
+from nnunet_sam2.rounds.labelling_stages import LabellingStages
+from nnunet_sam2.rounds.ledger import Ledger, StageResult
+from nnunet_sam2.rounds.options import RunOptions
+from nnunet_sam2.rounds.training_stages import Student
+from nnunet_sam2.storage import read_json
+from nnunet_sam2.support.library import PROBABILITIES, write_probabilities
+from nnunet_sam2.volumes import read_label, write_label
+
+NEEDS_A_STUDENT = "prompted"
+QUICK = {"insert": {"insertions": "1", "supports": "1"}, "chain": {"self_training": "off"}}
+
+
+def _run(folders: DatasetFolders, folder: Path, strategy: str, fold: str = "all") -> RunContext:
+    cohort = Cohort.load(folders.raw)
+    ledger = Ledger(folder)
+    labelled = [case.case_id for case in cohort.labelled]
+    folds = [{"train": labelled[1:], "val": labelled[:1]}]
+    ledger.run_stage("setup/plan", {}, lambda: StageResult(info={"folds": folds}), what="planned")
+    options = RunOptions(
+        fold=fold,
+        sam2="untrained",
+        image_size=64,
+        strategy=strategy,
+        strategy_options=QUICK.get(strategy, {}),
+        device="cpu",
+        threads=1,
+    )
+    return RunContext(folders=folders, cohort=cohort, options=options, ledger=ledger, folder=folder)
+
+
+def _student(run: RunContext, like: Path) -> Student:
+    """A student that has seen what SAM 2 drew, and of labelled cases the human label."""
+    out = run.round_folder(0) / "student"
+    for case in (*run.cohort.unlabelled, *run.cohort.labelled):
+        path = like / f"{case.case_id}.nii.gz" if case in run.cohort.unlabelled else run.cohort.label_path(case)
+        label_zyx, geometry = read_label(path)
+        write_label(out / f"{case.case_id}.nii.gz", label_zyx, geometry)
+        one_hot = np.stack([label_zyx == value for value in (0, *run.cohort.class_values)]).astype(np.float32)
+        write_probabilities(out / PROBABILITIES / f"{case.case_id}.npz", 0.8 * one_hot + 0.2 / len(one_hot))
+    return Student(
+        number=0,
+        configuration="none",
+        checkpoint=out,
+        validation_dice=None,
+        validation_by_class={},
+        digest="student",
+    )
+
+
+@pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {NEEDS_A_STUDENT}))
+def test_every_strategy_that_needs_no_student_labels_a_runs_cases_from_the_supports(
+    tiny_dataset: DatasetFolders, tmp_path: Path, strategy: str
+) -> None:
+    run = _run(tiny_dataset, tmp_path / "run", strategy)
+    labels = LabellingStages(run).label_from_supports()
+    assert set(labels.estimates) == {case.case_id for case in run.cohort.unlabelled}
+    for case in run.cohort.unlabelled:
+        _, geometry = read_label(labels.folder / f"{case.case_id}.nii.gz")
+        assert case.geometry.mismatch(geometry) is None
+        record = read_json(record_path(labels.folder, case.case_id))
+        assert record["strategy"] == strategy
+        assert set(record["quality"]["classes"]) == {str(value) for value in run.cohort.class_values}
+
+
+@pytest.mark.parametrize(("strategy", "used"), [("refine", "refine"), ("transfer", "prompted")])
+def test_a_strategy_that_takes_a_student_refines_its_predictions_in_the_rounds_and_others_leave_it_to_prompted(
+    tiny_dataset: DatasetFolders, tmp_path: Path, strategy: str, used: str
+) -> None:
+    run = _run(tiny_dataset, tmp_path / "run", strategy, fold="0")
+    stages = LabellingStages(run)
+    student = _student(run, stages.label_from_supports().folder)
+    refined = stages.refine(2, student)
+    assert refined is not None
+    for case in run.cohort.unlabelled:
+        assert (refined / f"{case.case_id}.npz").is_file()
+        assert read_json(record_path(refined.parent, case.case_id))["strategy"] == used
