@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 from nnunet_sam2.cohort.cohort import Cohort
-from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.cohort.convert import ConvertOptions, convert
+from nnunet_sam2.folders import DatasetFolders, new_dataset_folders
 from nnunet_sam2.labelling.records import record_path
 from nnunet_sam2.labelling.registry import STRATEGIES
 from nnunet_sam2.rounds.context import RunContext
@@ -22,6 +25,24 @@ from nnunet_sam2.volumes import read_label, write_label
 
 NEEDS_A_STUDENT = "prompted"
 QUICK = {"insert": {"insertions": "1", "supports": "1"}, "chain": {"self_training": "off"}}
+
+
+@pytest.fixture(scope="module")
+def flat_dataset(
+    generated_folder: Path, nnunet_environment: Path, tmp_path_factory: pytest.TempPathFactory
+) -> DatasetFolders:
+    """One slice of every volume of the generated cohort, as pictures of one slice with two classes."""
+    source = tmp_path_factory.mktemp("source") / "flat"
+    for kind in ("images", "labels"):
+        for path in (generated_folder / kind).iterdir():
+            data = nib.load(path)
+            middle = data.shape[2] // 2
+            (source / kind).mkdir(parents=True, exist_ok=True)
+            nib.save(data.slicer[:, :, middle : middle + 1], source / kind / path.name)
+    shutil.copy(generated_folder / "dataset.json", source)
+    folders = new_dataset_folders(502, "Flat")
+    convert(source, folders, ConvertOptions())
+    return folders
 
 
 def _run(folders: DatasetFolders, folder: Path, strategy: str, fold: str = "all") -> RunContext:
@@ -61,11 +82,12 @@ def _student(run: RunContext, like: Path) -> Student:
     )
 
 
+@pytest.mark.parametrize("dataset", ["tiny_dataset", "flat_dataset"])
 @pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {NEEDS_A_STUDENT}))
-def test_every_strategy_that_needs_no_student_labels_a_runs_cases_from_the_supports(
-    tiny_dataset: DatasetFolders, tmp_path: Path, strategy: str
+def test_every_strategy_that_needs_no_student_labels_a_runs_volumes_and_single_slices_from_the_supports(
+    request: pytest.FixtureRequest, tmp_path: Path, strategy: str, dataset: str
 ) -> None:
-    run = _run(tiny_dataset, tmp_path / "run", strategy)
+    run = _run(request.getfixturevalue(dataset), tmp_path / "run", strategy)
     labels = LabellingStages(run).label_from_supports()
     assert set(labels.estimates) == {case.case_id for case in run.cohort.unlabelled}
     for case in run.cohort.unlabelled:
