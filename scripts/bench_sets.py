@@ -99,6 +99,6 @@ def summary(bench: Sam2BenchSet, scores: Sequence[Mapping[str, float | None]]) -
     classes = {}
     for part in bench.scored:
         known = [case[part] for case in scores if case[part] is not None]
-        classes[part] = round(float(np.mean(known)), 4) if known else None  # type: ignore[arg-type]  # None is filtered
+        classes[part] = round(float(np.mean(known)), 4) if known else None
     mean = float(np.mean([classes[part] for part in bench.headline if classes[part] is not None]))
     return {"mean": round(mean, 4), "classes": classes, "cases": len(scores)}

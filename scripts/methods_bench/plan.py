@@ -1,0 +1,130 @@
+"""Which cells there are, in which order, and with how many queries: costs are rough, and decide nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from methods_bench.tasks import FEW_SHOT, set_of
+from methods_bench.variants import COPIES, Variant
+
+SET_NAMES = ("hippocampus", "chaos_t2_mr", "acdc", "ddsm_tissue", FEW_SHOT)
+SUPPORTS = (1, 3, 8)
+FEW_SHOT_QUERIES = 11
+"""All patients of chaos_t2_mr but the one that supports."""
+
+CALIBRATED = ("transfer", "auto", "match", "guided", "refine", "refine, paper", "chain")
+"""Variants whose estimates are calibrated: each support is labelled from the others as well."""
+
+PICTURES = ("ddsm_tissue",)
+"""Sets of single images, for which `chain` was made."""
+
+_LEAST_QUERIES = 2
+_WHOLE = (*COPIES, *CALIBRATED)
+"""Variants that label all queries of a set, whatever it takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    slices: int
+    classes: int
+    views: int = 1
+
+
+_SHAPES = {
+    "hippocampus": _Shape(slices=40, classes=2, views=3),
+    "chaos_t2_mr": _Shape(slices=35, classes=4),
+    "acdc": _Shape(slices=10, classes=3),
+    "ddsm_tissue": _Shape(slices=1, classes=1),
+    # Four tasks of one class.
+    FEW_SHOT: _Shape(slices=140, classes=1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rate:
+    """Seconds of one core with the embedded model at 256 pixels."""
+
+    a_slice: float = 0.0
+    a_mask: float = 0.0
+    """For each slice and class."""
+    a_walk: float = 0.0
+    """For each slice, class and support."""
+    once: float = 0.0
+    """For a cell, whatever its queries."""
+    views: bool = False
+    """All again along every axis that shows the volume well."""
+    most_supports: int = 8
+
+
+_RATES = {
+    "copy": _Rate(a_slice=0.0005),
+    "copy, registered": _Rate(a_slice=0.03),
+    "transfer": _Rate(a_slice=0.1, once=8.0),
+    "auto": _Rate(a_slice=0.1, once=8.0, views=True),
+    "refine": _Rate(a_slice=0.13, once=10.0),
+    "refine, paper": _Rate(a_slice=0.15),
+    "match": _Rate(a_slice=0.03, once=3.0),
+    "match, paper": _Rate(a_mask=0.14),
+    "guided": _Rate(a_mask=0.02, once=3.0),
+    "guided, paper": _Rate(a_mask=0.03, once=100.0),
+    "insert": _Rate(a_walk=0.12, most_supports=4),
+    "insert, paper": _Rate(a_walk=0.25),
+    "chain": _Rate(once=10.0),
+    "chain, paper": _Rate(once=10.0),
+}
+_UNKNOWN = _Rate(a_walk=0.12)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """Name one measurement."""
+
+    set_name: str
+    supports: int
+    variant: Variant
+    queries: int
+    seconds: float
+    """Roughly, on one core."""
+
+    @property
+    def key(self) -> str:
+        """Return the name of the cell's row among the results, without the seed."""
+        return f"{self.set_name}/{self.supports}"
+
+
+def planned(
+    variants: Sequence[Variant],
+    *,
+    sets: Sequence[str],
+    supports: Sequence[int],
+    queries: int | None,
+    seconds_a_cell: float,
+) -> list[Cell]:
+    """Return the cells, the cheap ones first.
+
+    `insert` and the papers' presets label the first queries of a set alone where all of them would take longer than
+    ``seconds_a_cell``, but at least two; ``queries`` sets another number for all.
+    """
+    cells = []
+    for name in sets:
+        most = FEW_SHOT_QUERIES if name == FEW_SHOT else set_of(name).queries
+        for count in [1] if name == FEW_SHOT else supports:
+            for variant in variants:
+                if variant.strategy == "chain" and name not in PICTURES:
+                    continue
+                a_query, once = _seconds(variant, name, count)
+                asked = min(queries or most, most)
+                if queries is None and variant.name not in _WHOLE and a_query * most > seconds_a_cell:
+                    asked = min(most, max(_LEAST_QUERIES, int(seconds_a_cell / a_query)))
+                labelled = asked + (count if variant.name in CALIBRATED and count > 1 else 0)
+                seconds = once + a_query * labelled
+                cells.append(Cell(set_name=name, supports=count, variant=variant, queries=asked, seconds=seconds))
+    return sorted(cells, key=lambda cell: cell.seconds)
+
+
+def _seconds(variant: Variant, name: str, supports: int) -> tuple[float, float]:
+    shape, rate = _SHAPES[name], _RATES.get(variant.name, _UNKNOWN)
+    a_slice = rate.a_slice + shape.classes * (rate.a_mask + rate.a_walk * min(supports, rate.most_supports))
+    tasks = 4 if name == FEW_SHOT else 1
+    return a_slice * shape.slices * (shape.views if rate.views else 1), rate.once * tasks
