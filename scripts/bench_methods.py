@@ -22,10 +22,10 @@ from bench_data import HIERA_TINY_IMAGE, PROJECT
 from methods_bench.counting import CountingBackend, spent
 from methods_bench.measure import Students, measure, measure_copies
 from methods_bench.plan import CALIBRATED, SET_NAMES, SUPPORTS, Cell, planned
-from methods_bench.store import VERSION, Results, is_done
+from methods_bench.store import VERSION, Results, is_done, slim
 from methods_bench.summary import summarised
 from methods_bench.tables import write_tables
-from methods_bench.tasks import Cases, case_names, set_of
+from methods_bench.tasks import FEW_SHOT, Cases, case_names, set_of
 from methods_bench.variants import all_variants
 
 from nnunet_sam2.errors import InputError
@@ -160,7 +160,7 @@ class _Bench:
                     quality=self._quality,
                     calibrate=calibrate,
                 )
-            found = {**summarised(set_of(cell.set_name), found), **found}
+            found = slim({**summarised(set_of(cell.set_name), found), **found}, organ_slices=cell.set_name == FEW_SHOT)
         except InputError as error:
             found = {"refused": str(error)}
         machine = {"device": args.device, "threads": args.threads, "cores": os.cpu_count()}

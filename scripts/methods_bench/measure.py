@@ -106,6 +106,8 @@ def measure(
     calibrate: bool,
 ) -> dict[str, Any]:
     """Label and score every query of every task; a JSON value with ``cases`` and what all cases share."""
+    # Organs of one case share its embeddings: they are counted once.
+    backend.counter.new_cell()
     rows = []
     for number, task in enumerate(tasks):
         # What a strategy has prepared belongs to one task.
@@ -190,7 +192,6 @@ def _measure_task(
         maps = students.of(task)
         supports = [dataclasses.replace(s, student_prob_czyx=maps.get(s.case_id)) for s in supports]
         queries = [dataclasses.replace(q, student_prob_czyx=maps[q.case_id]) for q in queries]
-    backend.counter.new_cell()
     labeller = Labeller(strategy, supports, task, backend, seed)
     probe = QualityProbe(task.class_values, quality)
     with _meter(backend) as prepared:
