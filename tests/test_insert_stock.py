@@ -120,6 +120,16 @@ def test_the_papers_preset_gives_what_the_released_code_computes(backend, query,
         assert_same(member, expected)
 
 
+def test_products_in_bfloat16_change_little(model, query, support):
+    exact, rounded = (make_backend(model, precision=precision) for precision in ("float32", "bfloat16"))
+    # Both on the same embeddings: what is compared is the reading of memory.
+    found = [members(backend, query, support, preset="paper", insertions=2) for backend in (exact, rounded)]
+    for a, b in zip(*found, strict=True):
+        difference = np.abs(a.prob_kzyx - b.prob_kzyx)
+        assert 0 < difference.max() < 0.05
+        assert difference.mean() < 0.005
+
+
 def test_both_directions_cover_the_query_when_their_mean_is_asked_for(backend, query, support, stock):
     (member,) = members(backend, query, support, insertions=1)
     p = member.record["classes"]["1"]["place"]["before_query_slice"]

@@ -45,8 +45,9 @@ def load_backend(
 
     ``device`` is auto, cpu, cuda or mps; ``image_size`` defaults to the architecture's working size (512 for Meta's);
     ``cache_dir`` keeps embeddings between runs; ``threads`` bounds torch on the CPU; ``precision`` of the image encoder
-    is bfloat16 where the processor computes in it, else float32. Raises `InputError` for anything that cannot be used,
-    such as a name that is unknown or not fetched, and a kept file that is not as it was recorded.
+    and of memory attention is bfloat16 where the processor computes in it, else float32. Raises `InputError` for
+    anything that cannot be used, such as a name that is unknown or not fetched, and a kept file that is not as it was
+    recorded.
     """
     torch_device = choose_device(device)
     if image_size is not None:
@@ -106,7 +107,8 @@ class MetaSam2Backend:
         self._cache = cache
         self._threads = threads
         self._batch = _ACCELERATOR_BATCH if device.type != "cpu" else 1
-        self._walker = VideoWalker(model, device) if spec.has_memory else None
+        dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
+        self._walker = VideoWalker(model, device, dtype=dtype) if spec.has_memory else None
         self._mean = torch.tensor(IMAGE_MEAN, device=device)[:, None, None]
         self._std = torch.tensor(IMAGE_STD, device=device)[:, None, None]
 

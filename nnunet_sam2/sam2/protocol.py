@@ -26,7 +26,7 @@ class Sam2Spec:
     has_memory: bool
     """False where the checkpoint holds no trained video memory (an image model): `propagate` then refuses."""
     precision: str = "float32"
-    """Number format that the image encoder computes in: "float32" or "bfloat16"."""
+    """Number format of the factors in the image encoder and in memory attention: "float32" or "bfloat16"."""
     config: str = ""
     """Name of the architecture."""
     origin: str
