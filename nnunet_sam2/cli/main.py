@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "label": ("label", "label the unlabelled cases with SAM 2"),
     "run": ("run", "alternate SAM 2 labelling and nnU-Net training until the labels stop changing"),
     "status": ("status", "show how far a run has come"),
+    "report": ("report", "write one HTML file on how a run went, with every case to look through"),
     "predict": ("predict", "segment images with the best round's model"),
     "evaluate": ("evaluate", "compare predictions with reference labels"),
     "export": ("export", "write a model folder that stock nnU-Net predicts with"),

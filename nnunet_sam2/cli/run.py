@@ -98,7 +98,9 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_sam2.cli.status import rounds_table
     from nnunet_sam2.folders import find_dataset
     from nnunet_sam2.progress import say
+    from nnunet_sam2.report.write import PICTURES_BETWEEN_ROUNDS, REPORT_FILE, try_to_report
     from nnunet_sam2.rounds.orchestrator import run_loop
+    from nnunet_sam2.rounds.state import run_folder
 
     folders = find_dataset(args.dataset)
     device = args.device if args.device != "auto" else _best_device()
@@ -127,10 +129,17 @@ def run(args: argparse.Namespace) -> int:
         device=device,
         threads=args.threads,
     )
-    state = run_loop(folders, options)
+    folder = run_folder(folders, options.run_name)
+
+    def report(finished: bool) -> None:
+        try_to_report(folders, folder, most_pictures=None if finished else PICTURES_BETWEEN_ROUNDS)
+
+    state = run_loop(folders, options, report=report)
     say(rounds_table(state))
     say(f"stopped: {state.stop_reason}; best round: {state.best_round} ({state.configuration_of()})")
     say(f"labels, confidence and the ledger: {state.folder}")
+    if (state.folder / REPORT_FILE).is_file():
+        say(f"report, to open in a browser: {state.folder / REPORT_FILE}")
     say(f"segment new images with: nnunet_sam2 predict -d {folders.dataset_id} -i IMAGES -o OUT")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from nnunet_sam2.cohort.cohort import Cohort
@@ -9,6 +10,7 @@ from nnunet_sam2.cohort.splits import make_splits
 from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import say
+from nnunet_sam2.provenance import provenance
 from nnunet_sam2.rounds.context import RunContext, load_labeller
 from nnunet_sam2.rounds.convergence import RoundOutcome, StopReason, best_round, stop_reason
 from nnunet_sam2.rounds.labelling_stages import LabellingStages
@@ -26,9 +28,14 @@ from nnunet_sam2.trainers.settings import SETTINGS_KEY
 PLANNED_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 """What nnU-Net's planner may offer, as long as there are no plans to ask."""
 
+Report = Callable[[bool], object]
+"""Called with False after a round and with True at the end; it must not raise."""
 
-def run_loop(folders: DatasetFolders, options: RunOptions) -> RunState:
+
+def run_loop(folders: DatasetFolders, options: RunOptions, *, report: Report | None = None) -> RunState:
     """Run the loop to its end, or continue one that was stopped; return its state.
+
+    ``report`` is called after every round that did something, and at the end.
 
     Raises InputError where the cohort or the options cannot give a run, StageError where a stage fails. Whatever was
     finished before is kept, and the same call continues.
@@ -41,13 +48,16 @@ def run_loop(folders: DatasetFolders, options: RunOptions) -> RunState:
     with only_run(folder):
         ledger = Ledger(folder)
         _remember_options(ledger, folder, options)
+        _remember_machine(ledger)
         remove_temporary_files(folder)
-        _alternate(RunContext(folders=folders, cohort=cohort, options=options, ledger=ledger, folder=folder))
+        run = RunContext(folders=folders, cohort=cohort, options=options, ledger=ledger, folder=folder)
+        _alternate(run, report or (lambda finished: None))
     return read_state(folders, options.run_name)
 
 
-def _alternate(run: RunContext) -> None:
+def _alternate(run: RunContext, report: Report) -> None:
     options, sam2, nnunet = run.options, LabellingStages(run), TrainingStages(run)
+    known = _stages_done(run.ledger)
     nnunet.prepare()
     support_labels = sam2.label_from_supports()
 
@@ -60,11 +70,14 @@ def _alternate(run: RunContext) -> None:
         nnunet.make_data(0, labels=None)
         student = students[0] = nnunet.train(0, warm_start=None)
         outcomes.append(RoundOutcome(number=0, change=None, validation_dice=student.validation_dice))
+        if _stages_done(run.ledger) > known:
+            report(False)
 
     reason: StopReason | None = None
     number = 0
     while reason is None:
         number += 1
+        known = _stages_done(run.ledger)
         if student is not None:
             nnunet.predict(student)
         refined = sam2.refine(number, student) if student is not None and number > 1 else None
@@ -76,6 +89,8 @@ def _alternate(run: RunContext) -> None:
         student = students[number] = nnunet.train(number, warm_start=student)
         outcomes.append(RoundOutcome(number=number, change=labels.change, validation_dice=student.validation_dice))
         say(_describe(outcomes[-1], options))
+        if _stages_done(run.ledger) > known:
+            report(False)
         reason = stop_reason(
             outcomes,
             round_limit=options.round_limit,
@@ -106,6 +121,7 @@ def _alternate(run: RunContext) -> None:
         best_round=best,
         validation_watched=outcomes[-1].validation_dice is not None,
     )
+    report(True)
 
 
 def _describe(outcome: RoundOutcome, options: RunOptions) -> str:
@@ -168,3 +184,15 @@ def _remember_options(ledger: Ledger, folder: Path, options: RunOptions) -> None
 
 def _ended(ledger: Ledger) -> bool:
     return any(event["event"] == "stopped" for event in ledger.events)
+
+
+def _remember_machine(ledger: Ledger) -> None:
+    """Note versions and machine where they are others than those that last worked on the run."""
+    machine = provenance()
+    before = [event["machine"] for event in ledger.events if event["event"] == "machine"]
+    if not before or before[-1] != machine:
+        ledger.append("machine", machine=machine)
+
+
+def _stages_done(ledger: Ledger) -> int:
+    return sum(event["event"] == "done" for event in ledger.events)

@@ -25,6 +25,9 @@ from nnunet_sam2.volumes import read_label, write_label, write_map
 
 SAM2, STUDENT = "sam2", "student"
 
+CONFIDENT = 0.5
+"""Confidence from which on a voxel is called confident: it weighs at least half as much as one of a human label."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fused:
@@ -42,6 +45,8 @@ class Fused:
     voxels: dict[str, dict[int, int]]
     confidence: dict[str, float]
     """Mean confidence of a case over the voxels that are not certain background."""
+    confident: dict[str, float] = field(default_factory=dict)
+    """Share of these voxels with a confidence of `CONFIDENT` or more."""
     estimates: dict[str, DiceTable] = field(default_factory=dict)
     """Estimated Dice of every case and class of the fused labels; None where nothing is known."""
     distrusted: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -64,6 +69,7 @@ class Fused:
             "quality": _text_keys(self.quality),
             "voxels": _text_keys(self.voxels),
             "confidence": self.confidence,
+            "confident": self.confident,
             "estimates": _text_keys(self.estimates),
             "distrusted": {name: list(values) for name, values in self.distrusted.items()},
         }
@@ -81,6 +87,7 @@ class Fused:
             quality=_int_keys(value["quality"]),
             voxels=_int_keys(value["voxels"]),
             confidence=dict(value["confidence"]),
+            confident=dict(value.get("confident", {})),
             estimates=_int_keys(value.get("estimates", {})),
             distrusted={name: tuple(values) for name, values in value.get("distrusted", {}).items()},
             digest=digest,
@@ -156,6 +163,7 @@ def fuse_cases(
     changes: dict[str, dict[int, float]] = {}
     voxels: dict[str, dict[int, int]] = {}
     confidence: dict[str, float] = {}
+    confident: dict[str, float] = {}
     left_out: dict[str, str] = {}
     estimates: dict[str, DiceTable] = {}
     distrusted: dict[str, tuple[int, ...]] = {}
@@ -180,7 +188,9 @@ def fuse_cases(
                 distrusted[name] = verdict.failed
         write_label(out / f"{name}{ending}", fused.label_zyx, case.geometry)
         write_map(out / CONFIDENCE / f"{name}{ending}", trusted_zyx, case.geometry)
-        confidence[name] = round(float(trusted_zyx[doubtful].mean()), 4) if doubtful.any() else 1.0
+        weights_of_doubtful = trusted_zyx[doubtful]
+        confidence[name] = round(float(weights_of_doubtful.mean()), 4) if doubtful.any() else 1.0
+        confident[name] = round(float((weights_of_doubtful >= CONFIDENT).mean()), 4) if doubtful.any() else 1.0
         if not any(voxels[name].values()):
             left_out[name] = "its label is empty: nnU-Net would learn it as background"
             distrusted.pop(name, None)
@@ -195,6 +205,7 @@ def fuse_cases(
         quality=quality,
         voxels=voxels,
         confidence=confidence,
+        confident=confident,
         estimates=estimates,
         distrusted=distrusted,
     )

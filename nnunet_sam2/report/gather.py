@@ -1,0 +1,336 @@
+"""Read what a report says of a run from its ledger and records; no picture, no torch, nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nnunet_sam2.cohort.cohort import Case, Cohort, Role
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.file_checks import PICTURE_ENDINGS
+from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.labelling.explain.cases import class_names
+from nnunet_sam2.labelling.records import record_path
+from nnunet_sam2.provenance import provenance
+from nnunet_sam2.report.account import CaseAccount, ClassQuality, Cost, Provenance, RoundAccount, RunAccount
+from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
+from nnunet_sam2.rounds.options import RunOptions
+from nnunet_sam2.rounds.state import RoundState, RunState, state_of_events
+from nnunet_sam2.storage import read_json
+from nnunet_sam2.volumes import read_label
+
+Json = Mapping[str, Any]
+
+_KINDS = {
+    "plan": "planning, preprocessing",
+    "sam2_quality": "SAM 2 labels labelled cases",
+    "sam2": "SAM 2 labels unlabelled cases",
+    "refine": "SAM 2, prompted by nnU-Net",
+    "data": "round data",
+    "train": "nnU-Net training",
+    "predict": "nnU-Net prediction",
+    "quality": "judging labels",
+    "fuse": "fusing labels",
+    "labels": "fusing labels",
+}
+"""Last part of a stage's name to what the report calls it."""
+
+_KNOWN_EVENTS = ("run", "started", "done", "stopped", "machine")
+
+_MOST_HUMAN_LABELS = 24
+"""Human label files that are read for the mean volumes of classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFiles:
+    """Hold a run's ledger and know where its newest files lie."""
+
+    cohort: Cohort
+    folders: DatasetFolders
+    folder: Path
+    events: Sequence[dict[str, Any]] = field(repr=False)
+
+    @classmethod
+    def open(cls, folders: DatasetFolders, folder: Path) -> RunFiles:
+        """Read the ledger and the cohort of a run; raise `InputError` where the run has not begun."""
+        events = read_events(folder / LEDGER_FILE)
+        if not events:
+            raise InputError(f"{folder} holds no run; start one with: nnunet_sam2 run -d {folders.dataset_id}")
+        return cls(cohort=Cohort.load(folders.raw), folders=folders, folder=folder, events=events)
+
+    @cached_property
+    def state(self) -> RunState:
+        """Return the run's state."""
+        return state_of_events(self.folder, self.events)
+
+    @cached_property
+    def options(self) -> RunOptions:
+        """Return the run's options; those that an older version did not know have their defaults."""
+        return RunOptions(**self.state.options)
+
+    @cached_property
+    def done(self) -> dict[str, Json]:
+        """Return the last ``done`` event of each stage, in the order in which they happened."""
+        found: dict[str, Json] = {}
+        for event in self.events:
+            if event["event"] == "done":
+                found.pop(event["stage"], None)
+                found[event["stage"]] = event
+        return found
+
+    @cached_property
+    def newest(self) -> tuple[Path, Json] | None:
+        """Return folder and record of the newest fused labels; None before the first."""
+        for stage, event in reversed(self.done.items()):
+            if stage == "finish/labels":
+                return self.folder / "labels", event["info"]
+            if stage.endswith("/fuse"):
+                return self.folder / stage.split("/")[0] / "labels", event["info"]
+        return None
+
+    @cached_property
+    def validation_ids(self) -> tuple[str, ...]:
+        """Return the fold's held-out labelled cases."""
+        if self.options.fold == "all" or "setup/plan" not in self.done:
+            return ()
+        folds = self.done["setup/plan"]["info"]["folds"]
+        return tuple(folds[int(self.options.fold)]["val"]) if int(self.options.fold) < len(folds) else ()
+
+    def sam2_folder(self, case: Case) -> Path:
+        """Return the folder of SAM 2's own labels of a case's kind."""
+        return self.folder / "sam2" / ("labelled" if case.role is Role.LABELLED else "unlabelled")
+
+    def record(self, case: Case) -> Json | None:
+        """Return the record of SAM 2's own label of a case, None where there is none."""
+        path = record_path(self.sam2_folder(case), case.case_id)
+        return read_json(path) if path.is_file() else None
+
+    def label_files(self, case: Case) -> dict[str, Path]:
+        """Return the label files of a case that are there: ``first``, ``last``, ``human`` and ``confidence``.
+
+        Test labels and hidden ones of a benchmark are not among them: nothing but evaluation reads these.
+        """
+        name = f"{case.case_id}{self.cohort.file_ending}"
+        first = self.sam2_folder(case)
+        files = {"first": first / name}
+        if case.role is Role.LABELLED:
+            files["human"] = self.cohort.label_path(case)
+            files["confidence"] = first / "confidence" / name
+            if case.case_id in self.validation_ids and self.state.best_round is not None:
+                files["last"] = self.folder / f"r{self.state.best_round:02d}" / "student" / name
+        elif self.newest is not None:
+            files["last"] = self.newest[0] / name
+            files["confidence"] = self.newest[0] / "confidence" / name
+        else:
+            files["confidence"] = first / "confidence" / name
+        return {kind: path for kind, path in files.items() if path.is_file()}
+
+
+def gather(files: RunFiles) -> RunAccount:
+    """Gather the account of a run."""
+    state, options, cohort = files.state, files.options, files.cohort
+    records = {c.case_id: record for c in _shown(cohort) if (record := files.record(c)) is not None}
+    calibration = next((r["quality"] for r in records.values() if (r.get("quality") or {}).get("classes")), None)
+    picture = cohort.file_ending in PICTURE_ENDINGS
+    return RunAccount(
+        dataset=files.folders.name,
+        run=files.folder.name,
+        folder=str(files.folder),
+        class_names={int(value): name for value, name in class_names(cohort).items()},
+        rounds=tuple(_rounds(files)),
+        cases=tuple(_cases(files, records)),
+        stop_reason=state.stop_reason,
+        running_stage=state.running_stage,
+        best_round=state.best_round,
+        mean_change_limit=options.mean_change,
+        worst_tenth_limit=options.worst_tenth_change,
+        least_quality=options.least_quality,
+        round_limit=options.round_limit,
+        validation_cases=len(files.validation_ids),
+        calibration_cases=len(calibration["calibration_cases"]) if calibration else 0,
+        calibrated=None if calibration is None else bool(calibration["calibrated"]),
+        volume_unit="pixels" if picture else "mL",
+        human_volumes=_human_volumes(cohort),
+        costs=tuple(_costs(files.events)),
+        started=_time(files.events[0]),
+        ended=_time(files.events[-1]),
+        test_cases=len(cohort.test),
+        provenance=_provenance(files, records),
+    )
+
+
+def _shown(cohort: Cohort) -> tuple[Case, ...]:
+    return (*cohort.unlabelled, *cohort.labelled)
+
+
+def _rounds(files: RunFiles) -> Iterator[RoundAccount]:
+    for state in files.state.rounds:
+        if state.number < 0:
+            continue
+        fuse = files.done.get(f"r{state.number:02d}/fuse", {}).get("info", {})
+        yield RoundAccount(
+            number=state.number,
+            configuration=state.configuration,
+            final=state.final,
+            finished=state.finished,
+            change_mean=state.change_mean,
+            change_worst_tenth=state.change_worst_tenth,
+            validation_dice=state.validation_dice,
+            validation_by_class=_by_name(state, files.cohort),
+            volumes=_mean_volumes(fuse.get("voxels", {}), files.cohort),
+            confidence=_mean(fuse.get("confidence", {}).values()),
+            confident=_mean(fuse.get("confident", {}).values()),
+            left_out=state.left_out,
+            distrusted=state.distrusted,
+            iterations=state.iterations,
+            seconds=state.seconds,
+        )
+
+
+def _by_name(state: RoundState, cohort: Cohort) -> dict[str, float]:
+    """Name the classes of nnU-Net's validation: ``1``, or ``(1, 2)`` for a region."""
+    names = {}
+    for key, dice in state.validation_by_class.items():
+        values = [int(part) for part in key.strip("()").split(",") if part.strip()]
+        wanted = [value if isinstance(value, list) else [value] for value in cohort.labels.values()]
+        named = [name for name, found in zip(cohort.labels, wanted, strict=True) if found == values]
+        names[named[0] if named else key] = dice
+    return names
+
+
+def _mean_volumes(voxels: Mapping[str, Mapping[str, int]], cohort: Cohort) -> dict[int, float]:
+    found: dict[int, list[float]] = {}
+    for case_id, row in voxels.items():
+        size = _voxel_size(cohort, cohort.case(case_id))
+        for value, count in row.items():
+            found.setdefault(int(value), []).append(count * size)
+    return {value: sum(sizes) / len(sizes) for value, sizes in sorted(found.items())}
+
+
+def _human_volumes(cohort: Cohort) -> dict[int, float]:
+    labelled = cohort.labelled
+    step = max(1, -(-len(labelled) // _MOST_HUMAN_LABELS))
+    found: dict[str, dict[str, int]] = {}
+    for case in labelled[::step]:
+        label_zyx, _ = read_label(cohort.label_path(case))
+        found[case.case_id] = {str(value): int((label_zyx == value).sum()) for value in cohort.class_values}
+    return _mean_volumes(found, cohort)
+
+
+def _voxel_size(cohort: Cohort, case: Case) -> float:
+    if cohort.file_ending in PICTURE_ENDINGS:
+        return 1.0
+    x, y, z = case.geometry.spacing_xyz_mm
+    return x * y * z / 1000.0
+
+
+def _cases(files: RunFiles, records: Mapping[str, Json]) -> Iterator[CaseAccount]:
+    newest = files.newest[1] if files.newest else {}
+    changes: Mapping[str, Any] = {}
+    for stage, event in files.done.items():
+        if stage.endswith("/fuse") and event["info"].get("change"):
+            changes = event["info"]["change"]["by_case"]
+    student = _student_dice(files)
+    for case in _shown(files.cohort):
+        name = case.case_id
+        record = records.get(name, {})
+        voxels = newest.get("voxels", {}).get(name) or record.get("voxels", {})
+        measured = {**(record.get("dice_with_human_label") or {}), **student.get(name, {})}
+        estimates = newest.get("estimates", {}).get(name, {})
+        quality = record.get("quality") or {}
+        classes = []
+        for value in files.cohort.class_values:
+            key = str(value)
+            own = (quality.get("classes") or {}).get(key, {})
+            classes.append(
+                ClassQuality(
+                    value=value,
+                    estimate=estimates.get(key, own.get("dice")),
+                    sam2=own.get("dice"),
+                    lower=own.get("lower"),
+                    coverage=own.get("coverage"),
+                    measured=measured.get(key) if case.role is Role.LABELLED else None,
+                    change=changes.get(name, {}).get(key),
+                    voxels=voxels.get(key, 0),
+                    expected=((quality.get("features") or {}).get(key) or {}).get("shown_in") == 1.0,
+                    distrusted=value in newest.get("distrusted", {}).get(name, []),
+                )
+            )
+        yield CaseAccount(
+            case_id=name,
+            role=case.role,
+            classes=tuple(classes),
+            held_out=name in files.validation_ids,
+            left_out=newest.get("left_out", {}).get(name),
+            confidence=newest.get("confidence", {}).get(name),
+            confident=newest.get("confident", {}).get(name),
+        )
+
+
+def _student_dice(files: RunFiles) -> dict[str, dict[str, float | None]]:
+    """Read the best round's Dice on the held-out cases, by case and label value, from nnU-Net's own validation."""
+    best = files.state.best_round
+    event = files.done.get(f"r{best:02d}/train") if best is not None and files.validation_ids else None
+    if event is None:
+        return {}
+    path = files.folders.results / event["info"]["checkpoint"]
+    path = path.parent / "validation" / "summary.json"
+    if not path.is_file():
+        return {}
+    found: dict[str, dict[str, float | None]] = {}
+    for case in read_json(path)["metric_per_case"]:
+        name = Path(case["prediction_file"]).name.removesuffix(files.cohort.file_ending)
+        # A region's Dice belongs to no single value.
+        found[name] = {k: _finite(m["Dice"]) for k, m in case["metrics"].items() if k.isdigit()}
+    return found
+
+
+def _costs(events: Sequence[Json]) -> list[Cost]:
+    """Add up the seconds of all finished stages by kind, those that ran again included; the longest first."""
+    seconds: dict[str, list[float]] = {}
+    for event in events:
+        if event["event"] == "done":
+            kind = event["stage"].rsplit("/", 1)[-1]
+            seconds.setdefault(_KINDS.get(kind, kind), []).append(float(event["seconds"]))
+    costs = [Cost(name=name, seconds=sum(found), stages=len(found)) for name, found in seconds.items()]
+    return sorted(costs, key=lambda cost: -cost.seconds)
+
+
+def _provenance(files: RunFiles, records: Mapping[str, Json]) -> Provenance:
+    started = [e for e in files.events if e["event"] == "started" and e["stage"] == "setup/plan"]
+    inputs: Json = started[-1]["inputs"] if started else {}
+    labels = inputs.get("labels", {})
+    return Provenance(
+        options=files.state.options,
+        sam2=next((record["sam2"] for record in records.values()), {}),
+        machines=tuple(event["machine"] for event in files.events if event["event"] == "machine"),
+        report_machine=provenance(),
+        inputs=tuple(
+            (name, role, patient, voxels, labels.get(name, ""))
+            for name, (role, patient, voxels) in inputs.get("cases", {}).items()
+        ),
+        source=files.cohort.provenance,
+        notes=tuple(_note(event) for event in files.events if event["event"] not in _KNOWN_EVENTS),
+    )
+
+
+def _note(event: Json) -> str:
+    shown = {k: v for k, v in event.items() if k not in ("version", "event", "time")}
+    return f"{_time(event):%Y-%m-%d %H:%M} {event['event']}: " + ", ".join(f"{k} {v}" for k, v in shown.items())
+
+
+def _time(event: Json) -> datetime:
+    return datetime.fromtimestamp(event["time"], tz=timezone.utc).astimezone()
+
+
+def _mean(values: Any) -> float | None:
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else None
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and value == value else None

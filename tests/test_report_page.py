@@ -1,0 +1,262 @@
+"""What the report says and how it is written, without a browser."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from html.parser import HTMLParser
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_data import block_of, make_account, make_case, make_pictures, make_round, pictures_of
+
+from nnunet_sam2.cohort.cohort import Role
+from nnunet_sam2.geometry import Geometry
+from nnunet_sam2.report.account import RoundAccount
+from nnunet_sam2.report.charts import Series, line_chart
+from nnunet_sam2.report.page import Pictures, duration, render
+from nnunet_sam2.report.pictures import CasePictures, encode, unpack
+from nnunet_sam2.report.verdict import Level, judge_run
+from nnunet_sam2.report.view import choose_view, upright
+from nnunet_sam2.report.write import LIMIT_BYTES, block_budget
+
+GOOD = (make_case("case_a", 0.9, 0.8), make_case("case_b", 0.85, 0.75))
+INJECTED = '</script><script>window.hit=1</script><img src=x onerror="window.hit=1">'
+
+
+def test_a_run_that_converged_and_gained_is_good() -> None:
+    verdict = judge_run(make_account(GOOD))
+    assert verdict.level is Level.GOOD
+    assert verdict.headline == "Converged after 2 rounds"
+    assert "0.050 Dice over labelled-only" in verdict.answer
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "said"),
+    [
+        (
+            {"stop_reason": "round limit", "rounds": (make_round(0), make_round(1), make_round(2, change=0.2))},
+            "look",
+            "still moved",
+        ),
+        ({"stop_reason": "validation Dice fell"}, "bad", "Validation fell"),
+        (
+            {"rounds": (make_round(1, dice=None), make_round(2, dice=None, change=0.001)), "validation_cases": 0},
+            "look",
+            "No human validation",
+        ),
+        ({"best_round": 0}, "look", "No gain"),
+        ({"calibrated": False}, "look", "uncalibrated"),
+        (
+            {"cases": (make_case("case_a", 0.9, 0.4), make_case("case_b", 0.9, 0.5))},
+            "look",
+            "Low estimates: small_organ",
+        ),
+        (
+            {"cases": (*GOOD, make_case("case_c", 0.1, 0.2, left_out="its estimate is below 0.3"))},
+            "look",
+            "1 of 3 cases left out",
+        ),
+        ({"stop_reason": None, "running_stage": "r02/train"}, "note", "Not finished yet, in stage r02/train"),
+        ({"stop_reason": "small_organ collapsed"}, "bad", "Stopped after 2 rounds: small_organ collapsed"),
+        ({"stop_reason": "nothing to label", "rounds": (make_round(0),)}, "bad", "Nothing to label"),
+    ],
+)
+def test_what_speaks_against_a_run_is_said_at_the_top(changes: dict[str, object], level: str, said: str) -> None:
+    verdict = judge_run(make_account(**{"cases": GOOD, **changes}))  # type: ignore[arg-type]
+    assert verdict.level.value == level
+    assert said in verdict.headline + " ".join(f"{f.title} {f.text}" for f in verdict.findings)
+
+
+def test_volumes_that_drift_are_pointed_out_with_the_human_ones() -> None:
+    rounds = (make_round(1), RoundAccount(number=2, configuration="r02", volumes={1: 30.0, 2: 10.0}))
+    findings = judge_run(make_account(GOOD, rounds=rounds, human_volumes={1: 52.0})).findings
+    (found,) = (f for f in findings if f.title == "Volumes drifted")
+    assert "large_organ -41% to 30 mL (human labels 52 mL)" in found.text
+
+
+def test_cases_to_look_at_first_are_those_left_out_and_then_the_lowest_estimates() -> None:
+    account = make_account((*GOOD, make_case("case_c", 0.99, 0.95, left_out="empty"), make_case("case_d", 0.9, 0.2)))
+    assert [case.case_id for case in account.look_first(3)] == ["case_c", "case_d", "case_b"]
+
+
+class _Seen(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_whatever_a_case_is_called_stays_text() -> None:
+    account = make_account(
+        (make_case(INJECTED, 0.9, 0.2, left_out=INJECTED), *GOOD), dataset=INJECTED, class_names=CLASSES
+    )
+    page = render(account, Pictures(problems={INJECTED: INJECTED}))
+    assert "<script>window.hit" not in page
+    seen = _Seen()
+    seen.feed(page)
+    assert not [tag for tag, attrs in seen.tags if tag == "img" or "onerror" in attrs]
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    assert data
+    assert json.loads(data[1])["cases"][0]["id"] == INJECTED
+
+
+def test_the_page_names_no_address_to_load_from_and_its_policy_allows_its_own_scripts_alone() -> None:
+    page = render(make_account(GOOD), pictures_of("case_a"))
+    seen = _Seen()
+    seen.feed(page)
+    assert not [value for _, attrs in seen.tags for name, value in attrs.items() if name in ("src", "srcset")]
+    assert {attrs["href"] for tag, attrs in seen.tags if "href" in attrs} == {"#cases", "data:,"}
+    policy = next(
+        attrs["content"] or "" for tag, attrs in seen.tags if attrs.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy
+    for body in re.findall(r"<(?:script|style)>(.*?)</(?:script|style)>", page, re.S):
+        digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
+
+
+def test_the_page_holds_reasons_options_and_hashes() -> None:
+    page = html.unescape(render(make_account((*GOOD, make_case("case_c", 0.1, 0.1, left_out="too low"))), Pictures()))
+    for text in ("too low", "Converged after 2 rounds", "nnU-Net training", "99 %", "abababab", "1 h 31 min", "seed"):
+        assert text in page
+
+
+def test_a_run_without_estimates_labels_or_rounds_has_a_page() -> None:
+    page = render(make_account((), rounds=(), best_round=None, stop_reason=None, calibrated=None, costs=()), Pictures())
+    assert "Not finished yet" in page
+    assert "No case has been labelled yet" in page
+
+
+def test_pictures_come_back_as_they_were_but_for_the_images_loss() -> None:
+    case = make_pictures(human=True, story="how it was made")
+    header, parts = unpack(encode(case, 1_000_000))
+    assert header["planes"] == ["first", "last", "human", "confidence"]
+    assert header["letters"] == ["R", "L", "A", "P"]
+    rows, cols = header["size"]
+    maps = np.frombuffer(parts["maps"], np.uint8).reshape(4, len(header["slices"]), rows, cols)
+    both = (case.maps["first"] > 0) | (case.maps["last"] > 0)
+    shown = maps[0] > 0
+    assert shown.sum() == (case.maps["first"] > 0).sum()
+    assert (maps[:2] > 0).any(axis=0).sum() == both.sum()
+    assert set(np.unique(maps[3])) == set(range(8))
+    assert parts["story"].decode() == "how it was made"
+    volume = np.frombuffer(parts["volume"], np.uint8).reshape(3, *header["surface"]["shape"])
+    assert (volume[0] == volume[2]).all()
+    assert set(np.unique(volume)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("budget", [24_000, 80_000])
+def test_pictures_are_thinned_and_shrunk_until_they_fit_and_say_so(budget: int) -> None:
+    case = make_pictures((60, 200, 220), noise=60.0)
+    block = encode(case, budget)
+    header, _ = unpack(block)
+    assert len(block) <= budget
+    assert header["step"] > 1
+    assert header["shrunk"]
+    assert header["slices"] == sorted(set(header["slices"]))
+
+
+def test_pictures_of_many_cases_stay_within_the_files_limit() -> None:
+    for cases in (1, 100, 1000):
+        block = block_budget(cases, cases)
+        assert cases * (block * 4 / 3 + 300) + 1_000_000 + 700 * cases < LIMIT_BYTES
+
+
+def test_a_case_without_any_label_is_shown_whole() -> None:
+    shape = (4, 16, 20)
+    case = CasePictures(
+        image_czyx=np.random.default_rng(0).random((1, *shape), np.float32),
+        maps={"last": np.zeros(shape, np.uint8)},
+        geometry=Geometry(shape_zyx=shape),
+        class_values=(1,),
+    )
+    header, _ = unpack(encode(case, 50_000))
+    assert header["whole"]
+    assert header["surface"] is None
+    assert header["slices"] == [0, 1, 2, 3]
+
+
+def test_a_colour_picture_keeps_its_colours_and_has_no_sides() -> None:
+    shape = (1, 30, 40)
+    case = CasePictures(
+        image_czyx=np.stack([np.full(shape, v, np.float32) for v in (200, 100, 0)]),
+        maps={"first": np.ones(shape, np.uint8)},
+        geometry=Geometry(shape_zyx=shape),
+        class_values=(1,),
+        picture=True,
+    )
+    header, parts = unpack(encode(case, 50_000))
+    assert header["letters"] is None
+    assert header["surface"] is None
+    pixel = Image.open(BytesIO(parts["image"])).convert("RGB").getpixel((5, 5))
+    assert np.allclose(pixel, (200, 100, 0), atol=6)
+
+
+@pytest.mark.parametrize(
+    ("direction", "spacing_xyz", "plane", "letters"),
+    [
+        ((1, 0, 0, 0, 1, 0, 0, 0, 1), (1, 1, 5), "axial", ["R", "L", "A", "P"]),
+        ((-1, 0, 0, 0, -1, 0, 0, 0, 1), (1, 1, 1), "axial", ["R", "L", "A", "P"]),
+        ((0, 0, 1, 1, 0, 0, 0, -1, 0), (1, 1, 4), "sagittal", ["A", "P", "S", "I"]),
+        ((1, 0, 0, 0, 0, 1, 0, -1, 0), (1, 1, 4), "coronal", ["R", "L", "S", "I"]),
+    ],
+)
+def test_slices_lie_as_radiologists_look_at_them(
+    direction: tuple[float, ...], spacing_xyz: tuple[float, float, float], plane: str, letters: list[str]
+) -> None:
+    geometry = Geometry(shape_zyx=(4, 5, 6), spacing_xyz_mm=spacing_xyz, direction=direction)
+    view = choose_view(geometry)
+    assert (view.plane, list(view.letters or ())) == (plane, letters)
+    # A volume that holds its own physical coordinate along an axis must grow towards the letter's side.
+    matrix = np.reshape(direction, (3, 3)) @ np.diag(spacing_xyz)
+    z, y, x = np.indices(geometry.shape_zyx)
+    grows = {"L": 0, "P": 1, "S": 2}
+    for physical in range(3):
+        value = matrix[physical, 0] * x + matrix[physical, 1] * y + matrix[physical, 2] * z
+        shown = view.apply(value)
+        for low, high, axis in ((letters[0], letters[1], 2), (letters[2], letters[3], 1)):
+            if grows.get(high) == physical:
+                assert (np.diff(shown, axis=axis) > 0).all()
+            if grows.get(low) == physical:
+                assert (np.diff(shown, axis=axis) < 0).all()
+        turned, _ = upright(value, geometry)
+        assert (np.diff(turned, axis=2 - physical) > 0).all()
+
+
+def test_curves_name_their_ends_and_stay_inside() -> None:
+    drawn = line_chart(
+        [Series(name="a<b", values=[0.1, None, 0.3], style="k1"), Series(name="none", values=[None] * 3, style="k2")],
+        ["0", "1", "2"],
+        title="t",
+        show=lambda v: f"{v:.2f}",
+    )
+    assert "a&lt;b 0.30" in drawn
+    assert "a<b" not in drawn
+    heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', drawn)]
+    assert len(heights) == 2
+    assert all(10 <= y <= 210 for y in heights)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(12, "12 s"), (150, "2 min"), (7500, "2 h 05 min"), (200_000, "2 d 7 h")]
+)
+def test_durations_are_written_for_people(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_blocks_are_small_for_small_images() -> None:
+    assert len(block_of(shape_zyx=(10, 24, 24))) < 8_000
+
+
+def test_labelled_cases_are_not_among_those_to_look_at() -> None:
+    account = make_account((*GOOD, make_case("human", 0.1, 0.1, role=Role.LABELLED)))
+    assert "human" not in [case.case_id for case in account.look_first(5)]
