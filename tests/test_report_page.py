@@ -95,9 +95,7 @@ class _Seen(HTMLParser):
 
 
 def test_whatever_a_case_is_called_stays_text() -> None:
-    account = make_account(
-        (make_case(INJECTED, 0.9, 0.2, left_out=INJECTED), *GOOD), dataset=INJECTED, class_names=CLASSES
-    )
+    account = make_account((make_case(INJECTED, 0.9, 0.2, left_out=INJECTED), *GOOD), dataset=INJECTED)
     page = render(account, Pictures(problems={INJECTED: INJECTED}))
     assert "<script>window.hit" not in page
     seen = _Seen()
