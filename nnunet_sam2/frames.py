@@ -122,6 +122,19 @@ class Frames:
             windows=self.windows,
         )
 
+    def cropped(self, start_zyx: tuple[int, int, int], stop_zyx: tuple[int, int, int]) -> Frames:
+        """Return a part of the volume, sliced alike and with the same intensity windows; it fills the whole frame."""
+        array_czyx = np.moveaxis(self._array_cnhw, 1, self.slice_axis + 1)
+        (z0, y0, x0), (z1, y1, x1) = start_zyx, stop_zyx
+        return Frames(
+            array_czyx=array_czyx[:, z0:z1, y0:y1, x0:x1],
+            geometry=self.geometry.cropped(start_zyx, stop_zyx),
+            size=self.size,
+            slice_axis=self.slice_axis,
+            channels=self.channels,
+            windows=self.windows,
+        )
+
     def __len__(self) -> int:
         return int(self._array_cnhw.shape[1])
 

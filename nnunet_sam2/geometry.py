@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,13 @@ class Geometry:
             if not difference <= tolerance:
                 return f"{name} {_short(mine)} against {_short(theirs)} (tolerance {tolerance:g})"
         return None
+
+    def cropped(self, start_zyx: tuple[int, int, int], stop_zyx: tuple[int, int, int]) -> Geometry:
+        """Return the grid of the voxels from ``start_zyx`` up to ``stop_zyx``, in the same place."""
+        step_xyz = np.multiply(start_zyx[::-1], self.spacing_xyz_mm)
+        x, y, z = np.asarray(self.origin_xyz_mm) + np.reshape(self.direction, (3, 3)) @ step_xyz
+        (z0, y0, x0), (z1, y1, x1) = start_zyx, stop_zyx
+        return replace(self, shape_zyx=(z1 - z0, y1 - y0, x1 - x0), origin_xyz_mm=(float(x), float(y), float(z)))
 
     def to_json(self) -> dict[str, Any]:
         """Return the geometry as a JSON value."""

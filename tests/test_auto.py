@@ -11,7 +11,7 @@ from nnunet_sam2.frames import Frames, view_axes
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.labelling.fusion import fuse
 from nnunet_sam2.labelling.registry import make_strategy
-from nnunet_sam2.labelling.strategies.auto import Auto, AutoOptions
+from nnunet_sam2.labelling.strategies.auto.strategy import Auto, AutoOptions
 from nnunet_sam2.labelling.strategies.transfer.strategy import Transfer, TransferOptions
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.support.cases import Support
@@ -89,9 +89,9 @@ def test_an_isotropic_query_gets_one_member_a_view_and_their_mean_is_no_worse_th
     assert dice(fuse(members, (1,)).label_zyx == 1) > max(0.7, min(single))
 
 
-def test_an_anisotropic_query_is_labelled_as_transfer_labels_it(backend: MetaSam2Backend) -> None:
+def test_an_anisotropic_query_on_whole_slices_is_labelled_as_transfer_labels_it(backend: MetaSam2Backend) -> None:
     cases = [_case(backend, f"case_{n}", n, (4.0, 1.0, 1.0)) for n in range(3)]
-    auto, transfer = Auto(AutoOptions(decoder="off")), Transfer(TransferOptions(decoder="off"))
+    auto, transfer = Auto(AutoOptions(decoder="off", zoom="off")), Transfer(TransferOptions(decoder="off"))
     found = []
     for strategy in (auto, transfer):
         strategy.prepare(cases[1:], (1,), backend)
@@ -100,9 +100,11 @@ def test_an_anisotropic_query_is_labelled_as_transfer_labels_it(backend: MetaSam
     assert np.array_equal(*found)
 
 
-def test_views_can_be_turned_off_by_name(cases: list[Support], backend: MetaSam2Backend) -> None:
-    strategy = make_strategy("auto", {"views": "one", "check_slices": "0"})
+def test_views_and_close_ups_can_be_turned_off_by_name(cases: list[Support], backend: MetaSam2Backend) -> None:
+    strategy = make_strategy("auto", {"views": "one", "zoom": "off", "check_slices": "0"})
     members = list(strategy.members(cases[0].as_query(), cases[1:], (1,), backend, np.random.default_rng(0)))
     assert len(members) == 1
     with pytest.raises(ValueError, match="views"):
         dataclasses.replace(AutoOptions(), views="two")
+    with pytest.raises(ValueError, match="zoom"):
+        AutoOptions(zoom="near")

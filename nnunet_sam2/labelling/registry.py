@@ -18,7 +18,7 @@ STRATEGIES: dict[str, tuple[str, str, str]] = {
     "insert": ("nnunet_sam2.labelling.strategies.insert.strategy", "Insert", "InsertOptions"),
     "match": ("nnunet_sam2.labelling.strategies.match.strategy", "Match", "MatchOptions"),
     "guided": ("nnunet_sam2.labelling.strategies.guided.strategy", "Guided", "GuidedOptions"),
-    "auto": ("nnunet_sam2.labelling.strategies.auto", "Auto", "AutoOptions"),
+    "auto": ("nnunet_sam2.labelling.strategies.auto.strategy", "Auto", "AutoOptions"),
     "transfer": ("nnunet_sam2.labelling.strategies.transfer.strategy", "Transfer", "TransferOptions"),
     "refine": ("nnunet_sam2.labelling.strategies.refine.strategy", "Refine", "RefineOptions"),
     "chain": ("nnunet_sam2.labelling.strategies.chain.strategy", "Chain", "ChainOptions"),

@@ -1,0 +1,76 @@
+"""Views: a volume transferred along several axes; what looks alike from one side is told apart from another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from nnunet_sam2.labelling.member import Member
+from nnunet_sam2.labelling.strategies.transfer.strategy import Transfer, TransferOptions
+from nnunet_sam2.sam2.protocol import Sam2Backend
+from nnunet_sam2.support.cases import Query, Support
+
+
+class Views:
+    """Label a query by `Transfer` along each of some axes; one member an axis."""
+
+    def __init__(self, options: TransferOptions) -> None:
+        self._options = options
+        self._transfers: dict[int, Transfer] = {}
+        # The support is kept beside its view, so that its id cannot be taken over by another.
+        self._seen: dict[tuple[int, int], tuple[Support, Support]] = {}
+
+    def prepare(
+        self,
+        supports: Sequence[Support],
+        class_values: tuple[int, ...],
+        backend: Sam2Backend,
+        *,
+        axes: Sequence[int],
+    ) -> dict[str, Any]:
+        """Choose each view's recipe and decoder on labelled cases, each left out in turn."""
+        return {
+            f"axis {axis}": self._transfer(axis).prepare(
+                self._supports_along(supports, axis, backend), class_values, backend
+            )
+            for axis in axes
+        }
+
+    def members(
+        self,
+        query: Query,
+        supports: Sequence[Support],
+        class_values: tuple[int, ...],
+        backend: Sam2Backend,
+        rng: np.random.Generator,
+        *,
+        axes: Sequence[int],
+    ) -> Iterator[Member]:
+        """Yield one member an axis, named by it."""
+        for axis in axes:
+            seen = self._supports_along(supports, axis, backend)
+            for member in self._transfer(axis).members(_along(query, axis, backend), seen, class_values, backend, rng):
+                yield replace(member, name=f"axis {axis}", record={"view": axis, **member.record})
+
+    def _transfer(self, axis: int) -> Transfer:
+        return self._transfers.setdefault(axis, Transfer(self._options))
+
+    def _supports_along(self, supports: Sequence[Support], axis: int, backend: Sam2Backend) -> list[Support]:
+        """Return the supports along an axis, the same objects every time, so that their memory is built once."""
+        seen = []
+        for support in supports:
+            key = (id(support), axis)
+            if key not in self._seen:
+                self._seen[key] = (support, _along(support, axis, backend))
+            seen.append(self._seen[key][1])
+        return seen
+
+
+def _along(case: Any, axis: int, backend: Sam2Backend) -> Any:
+    if axis == case.frames.slice_axis:
+        return case
+    frames = case.frames.along(axis)
+    return replace(case, frames=frames, embeddings=backend.embed(frames))
