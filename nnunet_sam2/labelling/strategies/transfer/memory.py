@@ -6,7 +6,7 @@ Shape letters: N slices, P locations of a slice, M locations of several, F featu
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from nnunet_sam2.labelling.strategies.transfer.half_cells import HalfCells, half_cell_features, into_quarters
+from nnunet_sam2.labelling.strategies.transfer.index import ApproximateNearest
 from nnunet_sam2.sam2.protocol import Embeddings
 from nnunet_sam2.support.cases import Support
 
@@ -72,6 +73,8 @@ class SupportMemory:
         self._quarters: OrderedDict[int, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
         self._half_labels: dict[int, np.ndarray] = {}
         self._spread_ratio: float | None = None
+        self._all_rows: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._indices: dict[Place, ApproximateNearest] = {}
 
     def choose(
         self, descriptor_f: torch.Tensor, depth: float, entries: int, *, without: int | None = None
@@ -95,6 +98,38 @@ class SupportMemory:
         """
         parts = [self._slice(number) for number in slices]
         return torch.cat([features for features, _ in parts]), torch.cat([labels for _, labels in parts])
+
+    @property
+    def slices(self) -> range:
+        """Return the numbers of all slices."""
+        return range(len(self._origin))
+
+    @property
+    def locations(self) -> int:
+        """Return how many locations all slices have together, judged or not."""
+        return len(self._origin) * self._locations
+
+    def all_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `rows` of all slices returns, of the features the coordinates alone: (M, 3) and (M, C)."""
+        if self._all_rows is None:
+            parts = [self._slice(number) for number in self.slices]
+            self._all_rows = (
+                torch.cat([features[:, -3:] for features, _ in parts]),
+                torch.cat([labels for _, labels in parts]),
+            )
+        return self._all_rows
+
+    def search_all(self, query_pf: torch.Tensor, place: Place, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find locations' neighbours among the rows of all slices by an approximate index; see `ApproximateNearest`."""
+        if place not in self._indices:
+
+            def parts() -> Iterator[torch.Tensor]:
+                for number in self.slices:
+                    features_mf, _ = self._slice(number)
+                    yield features_mf * place.scale(features_mf.shape[1])
+
+            self._indices[place] = ApproximateNearest(parts, len(self.all_rows()[0]))
+        return self._indices[place].nearest(query_pf * place.scale(query_pf.shape[1]), count)
 
     def half_cells(self, query: Embeddings, index: int, slices: Sequence[int]) -> HalfCells:
         """Return what the finer search for one query slice needs; entry numbers count the rows of `rows`."""

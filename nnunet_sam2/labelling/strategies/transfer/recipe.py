@@ -5,7 +5,7 @@ Shape letters: P locations of a slice, F features, C channels (background first)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 
@@ -34,6 +34,10 @@ NEIGHBOURS = 60
 
 INDISTINCT = 0.01
 """Dice within which recipes count as equally good: what a few slices of a few cases leave to chance."""
+
+
+Search = Callable[[torch.Tensor, Place, int], tuple[torch.Tensor, torch.Tensor]]
+"""Unscaled locations (P, F + 3), weights of position, K -> what `nearest` returns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +145,13 @@ def soft_maps(
     *,
     neighbours: int = NEIGHBOURS,
     half_cells: HalfCells | None = None,
+    search: Search | None = None,
 ) -> dict[Recipe, torch.Tensor]:
     """Transfer labels to one slice by each recipe; maps (C, h, w) that sum to one, 8 pixels a cell.
 
     ``query_pf`` and ``memory_mf`` are as from `slice_features`. With ``half_cells`` the neighbours found are searched
-    once more at twice the resolution. What recipes have in common is computed once.
+    once more at twice the resolution. With ``search`` the neighbours come from elsewhere, and of ``memory_mf`` only the
+    coordinates are read. What recipes have in common is computed once.
     """
     grid = round(len(query_pf) ** 0.5)
     side = grid * PIXELS_PER_CELL
@@ -153,8 +159,11 @@ def soft_maps(
     guide_hw = interpolate(grey_ss, size=(side, side), mode="bilinear", antialias=grey_ss.shape[-1] > side)[0, 0]
     maps: dict[Recipe, torch.Tensor] = {}
     for place in dict.fromkeys(recipe.place for recipe in recipes):
-        scale_f = place.scale(query_pf.shape[1])
-        excess_pk, index_pk = nearest(query_pf * scale_f, memory_mf * scale_f, neighbours)
+        if search is None:
+            scale_f = place.scale(query_pf.shape[1])
+            excess_pk, index_pk = nearest(query_pf * scale_f, memory_mf * scale_f, neighbours)
+        else:
+            excess_pk, index_pk = search(query_pf, place, neighbours)
         for fine_weight in dict.fromkeys(r.fine_weight for r in recipes if r.place == place):
             if half_cells is not None:
                 found = _among_quarters(

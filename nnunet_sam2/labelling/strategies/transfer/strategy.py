@@ -18,6 +18,7 @@ from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.option_checks import at_least
 from nnunet_sam2.labelling.prompting.decoding import PromptKinds, decode_map, put_in
 from nnunet_sam2.labelling.slice_check import SliceDice, check_slices
+from nnunet_sam2.labelling.strategies.transfer.index import require_faiss
 from nnunet_sam2.labelling.strategies.transfer.memory import SupportMemory, slice_descriptors, slice_features
 from nnunet_sam2.labelling.strategies.transfer.recipe import (
     NEIGHBOURS,
@@ -51,6 +52,9 @@ class TransferOptions:
 
     Bounds time and memory whatever the number of supports: 40 slices at 512 pixels, 160 at 256.
     """
+    index_above: int = 0
+    """Support locations from which on all of them are searched by an approximate index instead of the most similar
+    slices exactly; 0: never. Needs ``pip install 'nnunet_sam2[index]'``."""
     position_weight: float | None = None
     """Factor on the in-plane position (0 to 1) beside the unit-length embedding."""
     slice_weight: float | None = None
@@ -70,7 +74,7 @@ class TransferOptions:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "neighbours", "memory_entries")
-        at_least(self, 0, "check_slices")
+        at_least(self, 0, "check_slices", "index_above")
         for name in ("position_weight", "slice_weight", "edge_radius", "fine_weight"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
@@ -79,6 +83,8 @@ class TransferOptions:
             raise ValueError(f"sharpness={self.sharpness} must be positive")
         if self.decoder not in ("checked", "off"):
             raise ValueError(f"decoder={self.decoder}: choose checked or off")
+        if self.index_above:
+            require_faiss()
 
     @property
     def fixed(self) -> dict[str, float | None]:
@@ -192,9 +198,15 @@ class Transfer:
         without: int | None = None,
     ) -> dict[Recipe, torch.Tensor]:
         """Return the soft map of one slice by each recipe, (C, h, w), summing to one."""
-        depth = (n + 0.5) / len(query.frames)
-        chosen = memory.choose(descriptor_f, depth, self._options.memory_entries, without=without)
-        memory_mf, labels_mc = memory.rows(chosen)
+        # An index holds every support, so that one left out has to be searched around; that is only for checks.
+        indexed = without is None and 0 < self._options.index_above < memory.locations
+        if indexed:
+            chosen: Sequence[int] = memory.slices
+            memory_mf, labels_mc = memory.all_rows()
+        else:
+            depth = (n + 0.5) / len(query.frames)
+            chosen = memory.choose(descriptor_f, depth, self._options.memory_entries, without=without)
+            memory_mf, labels_mc = memory.rows(chosen)
         if not len(memory_mf):
             raise InputError(f"the supports have no judged voxel to label case {query.case_id} from")
         query_pf = slice_features(query.embeddings, n)
@@ -207,6 +219,7 @@ class Transfer:
             recipes,
             neighbours=self._options.neighbours,
             half_cells=memory.half_cells(query.embeddings, n, chosen) if self._options.half_cells else None,
+            search=memory.search_all if indexed else None,
         )
 
     def _check_recipes(
