@@ -40,6 +40,8 @@ CHECKPOINTS = {"none": None, "embedded": "embedded", "hiera_tiny": str(HIERA_TIN
 """Short name on the command line -> what is loaded; ``none`` stands for the copies, which need no model."""
 HIERA_SIZES = {"hippocampus": 256}
 """Pixels for Hiera-tiny where it is not 512, as in bench_loop.py."""
+_TIMES = {256: 1.5, 512: 12.0}
+"""How much slower Hiera-tiny is than the embedded model, by pixels; only the plan asks."""
 
 _ENCODED_TO_TIME = 6
 
@@ -51,8 +53,8 @@ def main() -> None:
     if not args.table:
         end = None if args.minutes is None else time.monotonic() + 60.0 * args.minutes
         for checkpoint in args.checkpoints:
-            for size_sets in _sets_by_size(checkpoint, args.sets):
-                _Bench(checkpoint, size_sets[0], size_sets[1], results, args).run(end)
+            for size, sets in _sets_by_size(checkpoint, args.sets, args.image_size):
+                _Bench(checkpoint, size, sets, results, args).run(end)
     if args.output == RESULTS:
         write_tables(results.read(), PAGE)
 
@@ -62,10 +64,14 @@ def _arguments() -> argparse.Namespace:
     names = [variant.name for variant in all_variants()]
     parser.add_argument("--table", action="store_true", help="only write the tables from the results that are there")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="VARIANT", help=", ".join(names))
-    parser.add_argument("--again", nargs="+", choices=names, default=[], metavar="VARIANT", help="measure these anew")
+    parser.add_argument(
+        "--again", nargs="+", choices=names, default=[], metavar="VARIANT", help="measure these anew, whatever is there"
+    )
     parser.add_argument("--sets", nargs="+", choices=SET_NAMES, default=list(SET_NAMES))
     parser.add_argument("--supports", nargs="+", type=int, default=list(SUPPORTS))
     parser.add_argument("--checkpoints", nargs="+", choices=list(CHECKPOINTS), default=list(CHECKPOINTS))
+    parser.add_argument("--image-size", type=int, default=None, help="pixels for hiera_tiny (default: 256 or 512)")
+    parser.add_argument("--calibrate", nargs="*", choices=names, default=list(CALIBRATED), metavar="VARIANT")
     parser.add_argument("--queries", type=int, default=None, help="query cases a cell (default: what is affordable)")
     parser.add_argument("--seconds-a-cell", type=float, default=60.0, help="what is affordable, in a core's seconds")
     parser.add_argument("--minutes", type=float, default=None, help="begin no cell after so many minutes")
@@ -78,10 +84,10 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _sets_by_size(checkpoint: str, sets: list[str]) -> list[tuple[int | None, list[str]]]:
+def _sets_by_size(checkpoint: str, sets: list[str], asked: int | None) -> list[tuple[int | None, list[str]]]:
     if checkpoint != "hiera_tiny":
         return [(None, sets)]
-    sizes = {name: HIERA_SIZES.get(name, 512) for name in sets}
+    sizes = {name: asked or HIERA_SIZES.get(name, 512) for name in sets}
     return [(size, [name for name in sets if sizes[name] == size]) for size in sorted(set(sizes.values()))]
 
 
@@ -100,6 +106,8 @@ class _Bench:
             supports=args.supports,
             queries=args.queries,
             seconds_a_cell=args.seconds_a_cell,
+            times=_TIMES.get(size, 1.0) if size else 1.0,
+            calibrated=args.calibrate,
         )
         self._backend: CountingBackend | None = None
         self._name = ""
@@ -134,7 +142,7 @@ class _Bench:
         row = f"{cell.key}/seed {args.seed}"
         task = f"{self._name}: {variant.name}" if self._name else variant.name
         supports, _ = case_names(cell.set_name, cell.supports, cell.queries, args.seed)
-        calibrate = variant.name in CALIBRATED and cell.supports > 1
+        calibrate = variant.name in args.calibrate and cell.supports > 1
         identity = self._identity(strategy, supports, calibrate)
         entry = self._results.read()["cells"].get(row, {}).get(task)
         if variant.name not in args.again and is_done(entry, identity, cell.queries):

@@ -15,7 +15,7 @@ from baselines import CopyBaseline
 from methods_bench.counting import CountingBackend, spent
 from methods_bench.scores import organ_slice_dice
 from methods_bench.tasks import Task
-from methods_bench.variants import COPIES, Variant
+from methods_bench.variants import COPIES, STUDENT, Variant
 from nnunet_sam2.evaluation import compare
 from nnunet_sam2.labelling.components import single_component_classes
 from nnunet_sam2.labelling.fusion import FusionOptions, fuse
@@ -72,26 +72,32 @@ class Labeller:
 
 
 class Students:
-    """Keep what `transfer` makes of a task's cases, for the strategies that redraw a student's map."""
+    """Keep what `STUDENT` makes of a task's cases, for the strategies that redraw a student's map."""
 
     def __init__(self, backend: CountingBackend, seed: int) -> None:
         self._backend = backend
         self._seed = seed
         self._kept: dict[tuple[Any, ...], dict[str, np.ndarray]] = {}
 
+    def keep(self, task: Task, case_id: str, prob_czyx: np.ndarray) -> None:
+        """Keep a case's probabilities as a student's are stored, (C, Z, Y, X) uint8."""
+        self._maps(task)[case_id] = np.rint(prob_czyx * 255.0).astype(np.uint8)
+
     def of(self, task: Task) -> dict[str, np.ndarray]:
-        """Return each case's probabilities as a student's are stored, (C, Z, Y, X) uint8; supports by the others."""
-        names = [tuple(case.case_id for case in cases) for cases in (task.supports, task.queries)]
-        key = (task.name, *names)
-        if key not in self._kept:
-            labeller = Labeller(make_strategy("transfer"), task.supports, task, self._backend, self._seed)
+        """Return the probabilities of queries and supports, the latter labelled from the others; a single one lacks."""
+        maps = self._maps(task)
+        wanted = [*(task.supports if len(task.supports) > 1 else ()), *task.queries]
+        missing = [case for case in wanted if case.case_id not in maps]
+        if missing:
+            labeller = Labeller(make_strategy(STUDENT), task.supports, task, self._backend, self._seed)
             labeller.prepare([])
-            known = task.supports if len(task.supports) > 1 else []
-            self._kept[key] = {
-                case.case_id: np.rint(labeller.label(case.as_query()).prob_czyx * 255.0).astype(np.uint8)
-                for case in (*known, *task.queries)
-            }
-        return self._kept[key]
+            for case in missing:
+                self.keep(task, case.case_id, labeller.label(case.as_query()).prob_czyx)
+        return maps
+
+    def _maps(self, task: Task) -> dict[str, np.ndarray]:
+        key = (task.name, tuple(support.case_id for support in task.supports))
+        return self._kept.setdefault(key, {})
 
 
 def measure(
@@ -112,7 +118,9 @@ def measure(
     for number, task in enumerate(tasks):
         # What a strategy has prepared belongs to one task.
         own = strategy if number == 0 else type(strategy)(strategy.options)
-        rows.append(_measure_task(own, task, backend, students, seed=seed, quality=quality, calibrate=calibrate))
+        rows.append(
+            _measure_task(variant, own, task, backend, students, seed=seed, quality=quality, calibrate=calibrate)
+        )
     return merged(rows)
 
 
@@ -178,6 +186,7 @@ def rounded(value: float | None, decimals: int = _DECIMALS) -> float | None:
 
 
 def _measure_task(
+    variant: Variant,
     strategy: Strategy,
     task: Task,
     backend: CountingBackend,
@@ -194,6 +203,7 @@ def _measure_task(
         queries = [dataclasses.replace(q, student_prob_czyx=maps[q.case_id]) for q in queries]
     labeller = Labeller(strategy, supports, task, backend, seed)
     probe = QualityProbe(task.class_values, quality)
+    lends = variant.name == STUDENT
     with _meter(backend) as prepared:
         for support in supports:
             backend.ask(support.embeddings)
@@ -203,6 +213,8 @@ def _measure_task(
         with _meter(backend) as cost:
             backend.ask(query.embeddings)
             pseudo = labeller.label(query)
+        if lends:
+            students.keep(task, query.case_id, pseudo.prob_czyx)
         with _meter(backend) as looked:
             seen[query.case_id] = probe.measure(query, pseudo, supports)
         probe_cost = added(probe_cost, looked)
@@ -212,6 +224,8 @@ def _measure_task(
     with _meter(backend) as calibrating:
         for support in supports if calibrate and len(supports) > 1 else ():
             pseudo = labeller.label(support.as_query())
+            if lends:
+                students.keep(task, support.case_id, pseudo.prob_czyx)
             pairs.append(
                 Pair(
                     case_id=support.case_id,

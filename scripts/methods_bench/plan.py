@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from methods_bench.tasks import FEW_SHOT, set_of
-from methods_bench.variants import COPIES, Variant
+from methods_bench.variants import COPIES, STUDENT, Variant
 
 SET_NAMES = ("hippocampus", "chaos_t2_mr", "acdc", "ddsm_tissue", FEW_SHOT)
 SUPPORTS = (1, 3, 8)
@@ -28,11 +28,10 @@ _WHOLE = (*COPIES, *CALIBRATED)
 class _Shape:
     slices: int
     classes: int
-    views: int = 1
 
 
 _SHAPES = {
-    "hippocampus": _Shape(slices=40, classes=2, views=3),
+    "hippocampus": _Shape(slices=40, classes=2),
     "chaos_t2_mr": _Shape(slices=35, classes=4),
     "acdc": _Shape(slices=10, classes=3),
     "ddsm_tissue": _Shape(slices=1, classes=1),
@@ -52,28 +51,26 @@ class _Rate:
     """For each slice, class and support."""
     once: float = 0.0
     """For a cell, whatever its queries."""
-    views: bool = False
-    """All again along every axis that shows the volume well."""
     most_supports: int = 8
 
 
 _RATES = {
     "copy": _Rate(a_slice=0.0005),
     "copy, registered": _Rate(a_slice=0.03),
-    "transfer": _Rate(a_slice=0.1, once=8.0),
-    "auto": _Rate(a_slice=0.1, once=8.0, views=True),
-    "refine": _Rate(a_slice=0.13, once=10.0),
-    "refine, paper": _Rate(a_slice=0.15),
+    "transfer": _Rate(a_slice=0.04, a_mask=0.01, once=5.0),
+    "auto": _Rate(a_slice=0.22, once=25.0),
+    "refine": _Rate(a_slice=0.02, once=3.0),
+    "refine, paper": _Rate(a_slice=0.05),
     "match": _Rate(a_slice=0.03, once=3.0),
-    "match, paper": _Rate(a_mask=0.14),
-    "guided": _Rate(a_mask=0.02, once=3.0),
-    "guided, paper": _Rate(a_mask=0.03, once=100.0),
-    "insert": _Rate(a_walk=0.12, most_supports=4),
-    "insert, paper": _Rate(a_walk=0.25),
-    "chain": _Rate(once=10.0),
-    "chain, paper": _Rate(once=10.0),
+    "match, paper": _Rate(a_mask=0.13),
+    "guided": _Rate(a_mask=0.025, once=3.0),
+    "guided, paper": _Rate(a_mask=0.03, once=90.0),
+    "insert": _Rate(a_walk=0.08, most_supports=4),
+    "insert, paper": _Rate(a_walk=0.1),
+    "chain": _Rate(once=8.0),
+    "chain, paper": _Rate(once=8.0),
 }
-_UNKNOWN = _Rate(a_walk=0.12)
+_UNKNOWN = _Rate(a_walk=0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +97,14 @@ def planned(
     supports: Sequence[int],
     queries: int | None,
     seconds_a_cell: float,
+    times: float = 1.0,
+    calibrated: Sequence[str] = CALIBRATED,
 ) -> list[Cell]:
     """Return the cells, the cheap ones first.
 
     `insert` and the papers' presets label the first queries of a set alone where all of them would take longer than
-    ``seconds_a_cell``, but at least two; ``queries`` sets another number for all.
+    ``seconds_a_cell``, but at least two; ``queries`` sets another number for all. ``times`` says how much slower the
+    model is than the embedded one.
     """
     cells = []
     for name in sets:
@@ -113,18 +113,24 @@ def planned(
             for variant in variants:
                 if variant.strategy == "chain" and name not in PICTURES:
                     continue
-                a_query, once = _seconds(variant, name, count)
+                a_query, once = (seconds * times for seconds in _seconds(variant, name, count))
                 asked = min(queries or most, most)
                 if queries is None and variant.name not in _WHOLE and a_query * most > seconds_a_cell:
                     asked = min(most, max(_LEAST_QUERIES, int(seconds_a_cell / a_query)))
-                labelled = asked + (count if variant.name in CALIBRATED and count > 1 else 0)
+                labelled = asked + (count if variant.name in calibrated and count > 1 else 0)
                 seconds = once + a_query * labelled
                 cells.append(Cell(set_name=name, supports=count, variant=variant, queries=asked, seconds=seconds))
-    return sorted(cells, key=lambda cell: cell.seconds)
+    lenders = {cell.key: cell.seconds for cell in cells if cell.variant.name == STUDENT}
+
+    def turn(cell: Cell) -> float:
+        # What redraws the student's maps comes after them, so that they are there.
+        return cell.seconds + (lenders.get(cell.key, 0.0) if cell.variant.strategy == "refine" else 0.0)
+
+    return sorted(cells, key=turn)
 
 
 def _seconds(variant: Variant, name: str, supports: int) -> tuple[float, float]:
     shape, rate = _SHAPES[name], _RATES.get(variant.name, _UNKNOWN)
     a_slice = rate.a_slice + shape.classes * (rate.a_mask + rate.a_walk * min(supports, rate.most_supports))
     tasks = 4 if name == FEW_SHOT else 1
-    return a_slice * shape.slices * (shape.views if rate.views else 1), rate.once * tasks
+    return a_slice * shape.slices, rate.once * tasks

@@ -16,6 +16,9 @@ COPIES = ("copy", "copy, registered")
 _LEFT_OUT = ("prompted",)
 """`prompted` redraws a student's map and has no supports of its own: `refine` stands for it."""
 
+STUDENT = "transfer"
+"""Variant whose maps stand for a student's where a strategy redraws one."""
+
 ALEXNET = WEIGHTS / "alexnet_features.safetensors"
 
 
