@@ -198,7 +198,8 @@ def test_the_tables_say_where_auto_is_behind(tmp_path: Path):
     assert f"| {MODEL} | ddsm_tissue | 3 | 0 | 0.825 | transfer | 0.875 | -0.050 | 6 | **no** |" in text
     assert f"| {MODEL} | ddsm_tissue | 1 | 0 | 0.700 | transfer | 0.705 | -0.005 | 1 | yes |" in text
     assert "| copy |  | 0.500 | 6 |  | 10.0 |" in text
-    assert "insert, paper" not in text.split("### Beside the papers")[0]
+    assert f"| {MODEL}: insert, paper" not in text
+    assert f"Refused by {MODEL}: insert, paper: one slice." in text
     # All bounds lie below the true Dice here, and ranks agree; with three labelled cases 0.75 can be promised.
     assert f"| {MODEL} | ddsm_tissue | 3 | auto | yes | 6 | 1.00 | 0.050 | 6 of 6 | 0.75 | 1 of 1 |" in text
     # One second and three slices at half a second each.

@@ -148,8 +148,14 @@ def _set_table(cells: Cells, set_name: str) -> str:
                 rows[-1] += [number(entries[-1].get("classes", {}).get(part)) for part in bench.scored]
             rows[-1] += [number(entry.get("hd95"), 1) for entry in entries]
         if rows:
-            parts.append("\n".join([f"### {set_name}, {seed}", "", table(header, rows)]))
+            parts.append("\n".join([f"### {set_name}, {seed}", "", table(header, rows), *_refusals(by_count)]))
     return "\n\n".join(parts)
+
+
+def _refusals(by_count: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Say which labellers refuse a set, and why."""
+    told = {t: e["refused"] for tasks in by_count.values() for t, e in sorted(tasks.items()) if "refused" in e}
+    return ["", *(f"Refused by {task}: {message}." for task, message in told.items())] if told else []
 
 
 def _few_shot(cells: Cells) -> str:
