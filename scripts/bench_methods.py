@@ -33,6 +33,7 @@ from nnunet_sam2.frames import Frames
 from nnunet_sam2.labelling.quality.options import QualityOptions
 from nnunet_sam2.labelling.registry import options_json
 from nnunet_sam2.sam2.backend import load_backend
+from nnunet_sam2.sam2.cache import EmbeddingCache
 
 RESULTS = PROJECT / "docs" / "benchmarks" / "methods.json"
 PAGE = PROJECT / "docs" / "benchmarks.md"
@@ -80,6 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache-dir", type=Path, default=None, help="keep embeddings between cells and runs")
+    parser.add_argument("--cache-gb", type=float, default=8.0, help="what that folder may hold")
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args()
 
@@ -116,10 +118,9 @@ class _Bench:
                 CHECKPOINTS[checkpoint],
                 device=args.device,
                 image_size=size,
-                cache_dir=args.cache_dir,
                 threads=args.threads,
             )
-            self._backend = CountingBackend(loaded)
+            self._backend = CountingBackend(loaded, cache=EmbeddingCache(args.cache_dir, disk_gb=args.cache_gb))
             self._name = f"{checkpoint}, {loaded.spec.image_size} px"
             self._students = Students(self._backend, args.seed)
         self._cases = Cases(self._backend)

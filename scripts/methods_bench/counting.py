@@ -11,6 +11,7 @@ import torch
 
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.sam2.backend import MetaSam2Backend
+from nnunet_sam2.sam2.cache import EmbeddingCache
 from nnunet_sam2.sam2.protocol import Embeddings
 
 
@@ -59,8 +60,11 @@ def spent(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]
 class CountingBackend(MetaSam2Backend):
     """Answer as the back end inside does, and count."""
 
-    def __init__(self, inner: MetaSam2Backend, counter: Counter | None = None) -> None:
+    def __init__(
+        self, inner: MetaSam2Backend, counter: Counter | None = None, *, cache: EmbeddingCache | None = None
+    ) -> None:
         self.__dict__.update(inner.__dict__)
+        self._cache = cache or self._cache
         self.counter = counter or Counter()
         if counter is None:
             _hook(inner._model, self.counter)

@@ -41,8 +41,8 @@ PUBLISHED = (
     Published(
         paper="Zu et al., arXiv 2503.04826",
         figure="Dice 0.845 (mean of three classes), as others quote it",
-        theirs="MS-CMRSeg bSSFP, 35 patients, 5 folds; slices that show the class; SAM 2 Hiera-tiny with its memory; one "
-        "support slice",
+        theirs="MS-CMRSeg bSSFP, 35 patients, 5 folds; slices that show the class; SAM 2 Hiera-tiny with its memory; "
+        "one support slice",
         row="acdc/1",
         variants=("match, paper", "match", "auto"),
         kind="mean",

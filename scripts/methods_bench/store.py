@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nnunet_sam2.storage import read_json, write_text
+from filelock import FileLock
+
+from nnunet_sam2.storage import read_json, value_hash, write_text
 
 VERSION = 1
 """Raised when the bench measures the same thing in another way: all cells are then measured anew."""
@@ -21,6 +24,9 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        # Two runs, a checkpoint each, may share the file; the lock lies where nobody keeps it.
+        name = value_hash(str(path.resolve()))[:16]
+        self._lock = FileLock(Path(tempfile.gettempdir()) / f"bench_methods_{name}.lock")
 
     def read(self) -> dict[str, Any]:
         """Return all that is there."""
@@ -29,16 +35,18 @@ class Results:
 
     def put(self, row: str, task: str, entry: Mapping[str, Any]) -> None:
         """Keep one cell, whoever else has written to the file meanwhile."""
-        found = self.read()
-        found["cells"].setdefault(row, {})[task] = dict(entry)
-        found["cells"] = {key: dict(sorted(tasks.items())) for key, tasks in sorted(found["cells"].items())}
-        self._write(found)
+        with self._lock:
+            found = self.read()
+            found["cells"].setdefault(row, {})[task] = dict(entry)
+            found["cells"] = {key: dict(sorted(tasks.items())) for key, tasks in sorted(found["cells"].items())}
+            self._write(found)
 
     def put_encoding(self, checkpoint: str, entry: Mapping[str, Any]) -> None:
         """Keep what a checkpoint takes to encode a slice."""
-        found = self.read()
-        found["encoding"] = dict(sorted({**found["encoding"], checkpoint: dict(entry)}.items()))
-        self._write(found)
+        with self._lock:
+            found = self.read()
+            found["encoding"] = dict(sorted({**found["encoding"], checkpoint: dict(entry)}.items()))
+            self._write(found)
 
     def _write(self, found: Mapping[str, Any]) -> None:
         """Write one line for each result: thousands of figures, and still a diff that says what was measured anew."""
