@@ -28,6 +28,8 @@ _CHAOS_DIFFERS = (
     "12 patients of the same challenge, one whole labelled volume as support, one draw, nothing trained on these data"
 )
 
+_KINDS = {"mean": "all slices", "organ_slices": "organ slices"}
+
 PUBLISHED = (
     Published(
         paper="Zu et al., arXiv 2503.04826",
@@ -122,9 +124,9 @@ def published_table(cells: Mapping[str, Mapping[str, Any]], seed: int = 0) -> st
                 )
         found = found or bool(ours)
         text = "<br>".join(figure for _, figure in sorted(ours))
-        lines.append(
-            f"| {entry.paper} | {entry.figure} | {entry.theirs} | {text} | {entry.row}, seed {seed} | {entry.differs} |"
-        )
+        set_name, _, supports = entry.row.rpartition("/")
+        where = f"{set_name}, {supports} support{'s' * (supports != '1')}, {_KINDS.get(entry.kind, entry.kind)}"
+        lines.append(f"| {entry.paper} | {entry.figure} | {entry.theirs} | {text} | {where} | {entry.differs} |")
     return "\n".join(["### Beside the papers' own figures", "", *lines]) if found else ""
 
 
