@@ -68,7 +68,7 @@ def test_the_installed_wheel_labels_a_cohort_without_a_network(
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith(str(site))
-    out = fresh_dataset.results / "nnunet_sam2" / "labels_transfer"
+    out = fresh_dataset.results / "nnunet_sam2" / "labels_auto"
     labels = sorted(out.glob("*.nii.gz"))
     assert len(labels) == 2
     dice = []

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME_OR_FILE",
         help="SAM 2: a name (nnunet_sam2 weights list) or a checkpoint file; default: the %(default)s one",
     )
-    parser.add_argument("--strategy", default="transfer", choices=sorted(STRATEGIES), help="default: %(default)s")
+    parser.add_argument("--strategy", default="auto", choices=sorted(STRATEGIES), help="default: %(default)s")
     parser.add_argument(
         "-o", dest="out", type=Path, metavar="OUT", help="default: $nnUNet_results/DATASET/nnunet_sam2/labels_STRATEGY"
     )

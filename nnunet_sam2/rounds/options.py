@@ -26,7 +26,7 @@ class RunOptions:
     """A fold of the labelled cases, or ``all`` for a training without validation."""
     branch: str | None = None
     sam2: str = EMBEDDED
-    strategy: str = "transfer"
+    strategy: str = "auto"
     strategy_options: dict[str, str] = field(default_factory=dict)
     image_size: int | None = None
     supports: str = "train"
