@@ -94,7 +94,7 @@ PUBLISHED = (
         row="acdc/3",
         variants=("refine, paper", "refine", "transfer"),
         kind="mean",
-        differs="no such data here: cardiac MR; the student is what `transfer` draws (last column's last figure); the "
+        differs="no such data here: cardiac MR; the student is what `transfer` draws; the "
         "labels themselves, before any student",
     ),
     Published(
