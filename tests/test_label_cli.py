@@ -20,13 +20,13 @@ def test_label_writes_all_unlabelled_cases_and_checks_the_supports(
     tiny_dataset: DatasetFolders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    extra = ["-o", str(out), "--cache-dir", str(tmp_path / "cache"), "--check", "--set", "neighbours=9"]
+    extra = ["-o", str(out), "--cache-dir", str(tmp_path / "cache"), "--check", "--set", "check_slices=6"]
     assert main([*COMMON, *extra, "--set", "decoder=off"]) == 0
     cohort = Cohort.load(tiny_dataset.raw)
     for case in (*cohort.unlabelled, *cohort.labelled):
         assert (out / f"{case.case_id}{cohort.file_ending}").is_file()
         record = json.loads((out / "members" / f"{case.case_id}.json").read_text())
-        assert record["options"]["neighbours"] == 9
+        assert record["options"]["check_slices"] == 6
     printed = capsys.readouterr().out
     assert "Dice with human labels" in printed
     assert "calibrated on 3 labelled cases" in printed
@@ -37,9 +37,9 @@ def test_label_writes_all_unlabelled_cases_and_checks_the_supports(
     ("extra", "message"),
     [
         (["--set", "neighbors=9"], "no option 'neighbors'"),
-        (["--set", "neighbours=many"], "neighbours=many is not of kind int"),
-        (["--set", "neighbours=0"], "at least 1"),
-        (["--set", "neighbours"], "NAME=VALUE"),
+        (["--set", "check_slices=many"], "check_slices=many is not of kind int"),
+        (["--set", "check_slices=-1"], "at least 0"),
+        (["--set", "check_slices"], "NAME=VALUE"),
         (["--supports", "99"], "labelled cases"),
         (["--supports", "nobody"], "no case nobody"),
         (["--strategy", "prompted"], "needs the student"),
