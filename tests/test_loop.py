@@ -74,6 +74,15 @@ def test_the_loop_goes_from_images_to_rounds_and_a_named_reason_to_stop(finished
     assert state["running_stage"] is None
 
 
+def test_the_loop_leaves_a_report_of_itself_with_the_versions_that_made_it(finished: Path) -> None:
+    run = next((finished / "nnUNet_results").glob("*/nnunet_sam2/3d_fullres_fold0"))
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert "Not converged: stopped at the limit of 2 rounds" in text
+    assert "Machine and versions of the run" in text
+    assert text.count('<script type="text/plain" id="px') == 5
+    assert [e["event"] for e in read_events(run / LEDGER_FILE)].count("machine") == 1
+
+
 def test_the_human_labels_are_untouched_by_the_loop(finished: Path, tiny_dataset: DatasetFolders) -> None:
     before = {p.name: file_hash(p) for p in (tiny_dataset.raw / "labelsTr").iterdir()}
     after = {p.name: file_hash(p) for p in next((finished / "nnUNet_raw").glob("*/labelsTr")).iterdir()}

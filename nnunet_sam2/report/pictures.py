@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from nnunet_sam2.geometry import Geometry
-from nnunet_sam2.report.view import choose_view, upright
+from nnunet_sam2.report.surface_grid import nearest, surface_grid
+from nnunet_sam2.report.view import choose_view
 
 PLANES = ("first", "last", "human", "confidence")
 """Maps that a block may hold, in this order."""
@@ -53,8 +54,6 @@ _LEAST_MARGIN = 8
 """Least margin in voxels."""
 
 _SLICE_MARGIN = 2
-_SURFACE_SIDES = ((64, 150_000), (48, 60_000), (36, 0))
-"""Longest side of the grid for the 3D view, and the budget from which on it is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +75,10 @@ class CasePictures:
 def encode(case: CasePictures, budget: int) -> bytes:
     """Encode a case in at most ``budget`` bytes where that is possible at all; thin and shrink slices to get there."""
     labels = {name: _class_indices(case, name) for name in PLANES if name in case.maps and name != "confidence"}
-    surface, surface_header = _surface(case, labels, budget)
+    solid = {} if case.picture else {name: np.where(array == IGNORED, 0, array) for name, array in labels.items()}
+    surface, surface_header = surface_grid(case.geometry, solid, budget)
     shown = _Slices.of(case, labels)
-    room = budget - len(surface) - len(zlib.compress(case.story.encode()))
+    room = budget - len(zlib.compress(surface)) - len(zlib.compress(case.story.encode()))
     first = next((i for i, rung in enumerate(_LADDER) if shown.pixels(rung) * _BYTES_A_PIXEL <= room), len(_LADDER) - 1)
     block = b""
     for rung in _LADDER[first:]:
@@ -174,8 +174,8 @@ class _Slices:
         chosen = list(range((count - 1) % step // 2, count, step))
         rows, cols = self._size(longest)
         window = _window(self.image_csrk[:, chosen])
-        row_index = _nearest(self.image_csrk.shape[2], rows)
-        col_index = _nearest(self.image_csrk.shape[3], cols)
+        row_index = nearest(self.image_csrk.shape[2], rows)
+        col_index = nearest(self.image_csrk.shape[3], cols)
         maps = b"".join(
             np.ascontiguousarray(self.planes[name][chosen][:, row_index][:, :, col_index]).tobytes()
             for name in PLANES
@@ -253,51 +253,3 @@ def _mosaic(
     buffer = io.BytesIO()
     mosaic.save(buffer, format="WEBP", quality=quality, method=4)
     return buffer.getvalue(), across
-
-
-def _nearest(size: int, wanted: int) -> np.ndarray:
-    return np.minimum((np.arange(wanted) + 0.5) * size / wanted, size - 1).astype(int)
-
-
-def _surface(case: CasePictures, labels: Mapping[str, np.ndarray], budget: int) -> tuple[bytes, dict[str, Any] | None]:
-    """Resample the label maps onto a coarse grid of cubes, upright, for the 3D view: (Z, Y, X) each, one after another.
-
-    The grid has a border of background, so that surfaces close.
-    """
-    if case.picture or not labels:
-        return b"", None
-    longest = next(side for side, least in _SURFACE_SIDES if budget >= least)
-    turned = {name: upright(np.where(array == IGNORED, 0, array), case.geometry) for name, array in labels.items()}
-    arrays = {name: array for name, (array, _) in turned.items()}
-    spacing = next(iter(turned.values()))[1]
-    box = _tight_box(list(arrays.values()))
-    if box is None or min(next(iter(arrays.values())).shape) < 2:
-        return b"", None
-    extents = [(high - low) * mm for (low, high), mm in zip(box, spacing, strict=True)]
-    step = max(max(extents) / longest, min(spacing))
-    index = [_grid(low, high, mm, step) for (low, high), mm in zip(box, spacing, strict=True)]
-    parts = [np.pad(array[np.ix_(*index)], 1).tobytes() for array in arrays.values()]
-    header = {
-        "names": list(arrays),
-        "shape": [len(i) + 2 for i in index],
-        "step_mm": step,
-        # Slices thicker than a cube leave stairs, which the page smooths over as many cubes.
-        "smooth": [max(1, round(mm / step / 2)) for mm in spacing],
-    }
-    return b"".join(parts), header
-
-
-def _tight_box(labels: Sequence[np.ndarray]) -> list[tuple[int, int]] | None:
-    box = []
-    for axis in range(3):
-        others = tuple(a for a in range(3) if a != axis)
-        seen = np.flatnonzero(np.any([(array > 0).any(axis=others) for array in labels], axis=0))
-        if not seen.size:
-            return None
-        box.append((int(seen[0]), int(seen[-1]) + 1))
-    return box
-
-
-def _grid(low: int, high: int, spacing_mm: float, step_mm: float) -> np.ndarray:
-    count = max(2, round((high - low) * spacing_mm / step_mm))
-    return low + _nearest(high - low, count)

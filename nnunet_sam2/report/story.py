@@ -8,7 +8,7 @@ from typing import Any
 from nnunet_sam2.cohort.cohort import Case
 from nnunet_sam2.labelling.explain.cases import Found, as_text
 from nnunet_sam2.labelling.records import find_rounds, record_path
-from nnunet_sam2.report.gather import RunFiles
+from nnunet_sam2.report.run_files import RunFiles
 from nnunet_sam2.storage import read_json
 
 _MOST_CHARACTERS = 8_000

@@ -13,9 +13,10 @@ from nnunet_sam2.file_checks import PICTURE_ENDINGS
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import say, track
 from nnunet_sam2.report.account import CaseAccount, RunAccount
-from nnunet_sam2.report.gather import RunFiles, gather
+from nnunet_sam2.report.gather import gather
 from nnunet_sam2.report.page import Pictures, render
 from nnunet_sam2.report.pictures import CasePictures, encode, unpack
+from nnunet_sam2.report.run_files import RunFiles
 from nnunet_sam2.report.story import Stories
 from nnunet_sam2.storage import write_text
 from nnunet_sam2.volumes import read_label, read_map, read_volume

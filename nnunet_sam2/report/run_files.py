@@ -1,0 +1,105 @@
+"""Where a run's files lie: its ledger, the newest labels, and the label files of each case."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nnunet_sam2.cohort.cohort import Case, Cohort, Role
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.labelling.records import record_path
+from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
+from nnunet_sam2.rounds.options import RunOptions
+from nnunet_sam2.rounds.state import RunState, state_of_events
+from nnunet_sam2.storage import read_json
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFiles:
+    """Hold a run's ledger and know where its newest files lie."""
+
+    cohort: Cohort
+    folders: DatasetFolders
+    folder: Path
+    events: Sequence[dict[str, Any]] = field(repr=False)
+
+    @classmethod
+    def open(cls, folders: DatasetFolders, folder: Path) -> RunFiles:
+        """Read the ledger and the cohort of a run; raise `InputError` where the run has not begun."""
+        events = read_events(folder / LEDGER_FILE)
+        if not events:
+            raise InputError(f"{folder} holds no run; start one with: nnunet_sam2 run -d {folders.dataset_id}")
+        return cls(cohort=Cohort.load(folders.raw), folders=folders, folder=folder, events=events)
+
+    @cached_property
+    def state(self) -> RunState:
+        """Return the run's state."""
+        return state_of_events(self.folder, self.events)
+
+    @cached_property
+    def options(self) -> RunOptions:
+        """Return the run's options; those that an older version did not know have their defaults."""
+        return RunOptions(**self.state.options)
+
+    @cached_property
+    def done(self) -> dict[str, Json]:
+        """Return the last ``done`` event of each stage, in the order in which they happened."""
+        found: dict[str, Json] = {}
+        for event in self.events:
+            if event["event"] == "done":
+                found.pop(event["stage"], None)
+                found[event["stage"]] = event
+        return found
+
+    @cached_property
+    def newest(self) -> tuple[Path, Json] | None:
+        """Return folder and record of the newest fused labels; None before the first."""
+        for stage, event in reversed(self.done.items()):
+            if stage == "finish/labels":
+                return self.folder / "labels", event["info"]
+            if stage.endswith("/fuse"):
+                return self.folder / stage.split("/")[0] / "labels", event["info"]
+        return None
+
+    @cached_property
+    def validation_ids(self) -> tuple[str, ...]:
+        """Return the fold's held-out labelled cases."""
+        if self.options.fold == "all" or "setup/plan" not in self.done:
+            return ()
+        folds = self.done["setup/plan"]["info"]["folds"]
+        return tuple(folds[int(self.options.fold)]["val"]) if int(self.options.fold) < len(folds) else ()
+
+    def sam2_folder(self, case: Case) -> Path:
+        """Return the folder of SAM 2's own labels of a case's kind."""
+        return self.folder / "sam2" / ("labelled" if case.role is Role.LABELLED else "unlabelled")
+
+    def record(self, case: Case) -> Json | None:
+        """Return the record of SAM 2's own label of a case, None where there is none."""
+        path = record_path(self.sam2_folder(case), case.case_id)
+        return read_json(path) if path.is_file() else None
+
+    def label_files(self, case: Case) -> dict[str, Path]:
+        """Return the label files of a case that are there: ``first``, ``last``, ``human`` and ``confidence``.
+
+        Test labels and hidden ones of a benchmark are not among them: nothing but evaluation reads these.
+        """
+        name = f"{case.case_id}{self.cohort.file_ending}"
+        first = self.sam2_folder(case)
+        files = {"first": first / name}
+        if case.role is Role.LABELLED:
+            files["human"] = self.cohort.label_path(case)
+            files["confidence"] = first / "confidence" / name
+            if case.case_id in self.validation_ids and self.state.best_round is not None:
+                files["last"] = self.folder / f"r{self.state.best_round:02d}" / "student" / name
+        elif self.newest is not None:
+            files["last"] = self.newest[0] / name
+            files["confidence"] = self.newest[0] / "confidence" / name
+        else:
+            files["confidence"] = first / "confidence" / name
+        return {kind: path for kind, path in files.items() if path.is_file()}

@@ -1,0 +1,235 @@
+"""The report of a run whose ledger, records and label files lie on disk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nnunet_sam2.cli.main import main
+from nnunet_sam2.cohort.cohort import HIDDEN_LABELS, TEST_LABELS, Case, Cohort
+from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.report.gather import gather
+from nnunet_sam2.report.pictures import unpack
+from nnunet_sam2.report.run_files import RunFiles
+from nnunet_sam2.report.write import REPORT_FILE, _pictures, try_to_report, write_report
+from nnunet_sam2.rounds.ledger import Ledger, StageResult
+from nnunet_sam2.rounds.options import RunOptions
+from nnunet_sam2.rounds.state import run_folder
+from nnunet_sam2.storage import write_json
+from nnunet_sam2.volumes import write_label, write_map
+
+Stage = Callable[..., None]
+
+
+@pytest.fixture
+def run(fresh_dataset: DatasetFolders) -> tuple[DatasetFolders, Path]:
+    """Return a dataset and the folder of a run on it: baseline and two rounds, the second one best."""
+    cohort = Cohort.load(fresh_dataset.raw)
+    options = RunOptions()
+    folder = run_folder(fresh_dataset, options.run_name)
+    ledger = Ledger(folder)
+    labelled = [case.case_id for case in cohort.labelled]
+    first, second = cohort.unlabelled
+
+    def stage(name: str, **info: Any) -> None:
+        ledger.run_stage(name, info, lambda: StageResult(info=info), what=name)
+
+    ledger.append("run", options=options.to_json())
+    ledger.append("machine", machine={"packages": {"nnunetv2": "2.8.1"}, "cores": 2})
+    inputs = {
+        "cases": {c.case_id: [c.role.value, c.patient, c.voxel_hash] for c in cohort.cases},
+        "labels": dict.fromkeys(labelled, "ff" * 32),
+    }
+    folds = {"folds": [{"train": labelled[1:], "val": labelled[:1]}]}
+    ledger.run_stage("setup/plan", inputs, lambda: StageResult(info=folds), what="plan")
+    for case in cohort.labelled:
+        _labels(cohort, case, folder / "sam2" / "labelled", shift=0)
+        _record(folder / "sam2" / "labelled", case, human={"1": 0.81, "2": 0.62})
+    for case in cohort.unlabelled:
+        _labels(cohort, case, folder / "sam2" / "unlabelled", shift=0)
+        _record(folder / "sam2" / "unlabelled", case, human=None)
+    stage("setup/sam2", cases=2)
+    for number, dice in ((0, 0.7), (1, 0.75), (2, 0.78)):
+        name = f"r{number:02d}"
+        if number:
+            fused = _fused(first.case_id, second.case_id, number)
+            for case in cohort.unlabelled:
+                _labels(cohort, case, folder / name / "labels", shift=number)
+            write_json(folder / name / "labels" / "round.json", fused)
+            stage(f"{name}/fuse", round=number, **fused)
+        stage(f"{name}/data", round=number, configuration=f"3d_fullres_{name}", final=False)
+        checkpoint = f"T__P__3d_fullres_{name}/fold_0/checkpoint_final.pth"
+        measured = {"1": {"Dice": dice + 0.1}, "2": {"Dice": float("nan")}}
+        write_json(
+            fresh_dataset.results / checkpoint.replace("checkpoint_final.pth", "validation/summary.json"),
+            {"metric_per_case": [{"prediction_file": f"/x/{labelled[0]}.nii.gz", "metrics": measured}]},
+        )
+        by_class = {"1": dice + 0.1, "2": dice - 0.1}
+        stage(f"{name}/train", validation_dice=dice, validation_by_class=by_class, iterations=10, checkpoint=checkpoint)
+    _labels(cohort, cohort.case(labelled[0]), folder / "r02" / "student", shift=1)
+    ledger.append("retried", stage="r02/train", why="out of memory", with_="a smaller batch")
+    ledger.append("stopped", reason="round limit", best_round=2, validation_watched=True)
+    return fresh_dataset, folder
+
+
+def _labels(cohort: Cohort, case: Case, out: Path, *, shift: int) -> None:
+    label_zyx = np.zeros(case.geometry.shape_zyx, np.uint8)
+    label_zyx[3:8, 8:20, 8 + shift : 20 + shift] = 1
+    label_zyx[4:7, 24:32, 24:32] = 2
+    write_label(out / f"{case.case_id}{cohort.file_ending}", label_zyx, case.geometry)
+    write_map(out / "confidence" / f"{case.case_id}{cohort.file_ending}", np.full(label_zyx.shape, 0.5), case.geometry)
+
+
+def _record(out: Path, case: Case, *, human: dict[str, float] | None) -> None:
+    classes = {"1": {"dice": 0.8, "lower": 0.7, "coverage": 0.75}, "2": {"dice": 0.6, "lower": 0.5, "coverage": 0.75}}
+    record = {
+        "case": case.case_id, "strategy": "transfer", "options": {}, "seed": 1, "supports": ["one", "two"],
+        "sam2": {"name": "embedded", "image_size": 256, "checkpoint_hash": "cd" * 32, "origin": "here"},
+        "fusion": {"components": "auto"}, "voxels": {"1": 720, "2": 192}, "dice_with_human_label": human,
+        "quality": {
+            "calibrated": True, "calibration_cases": ["one", "two"], "classes": None if human else classes,
+            "features": {"1": {"shown_in": 1.0}, "2": {"shown_in": 1.0}},
+        },
+    }  # fmt: skip
+    write_json(out / "members" / f"{case.case_id}.json", record)
+
+
+def _fused(first: str, second: str, number: int) -> dict[str, Any]:
+    change = {"mean": 0.03, "worst_tenth": 0.09, "by_case": {first: {"1": 0.02, "2": 0.04}, second: {"1": 0.09}}}
+    return {
+        "used_cases": [first], "left_out": {second: "its estimated Dice is below 0.3"},
+        "change": change if number > 1 else None, "quality": {"sam2": {"1": 0.8, "2": 0.6}},
+        "voxels": {first: {"1": 720, "2": 192}, second: {"1": 700, "2": 0}},
+        "confidence": {first: 0.6, second: 0.4}, "confident": {first: 0.5, second: 0.3},
+        "estimates": {first: {"1": 0.82, "2": 0.25}, second: {"1": 0.1, "2": None}}, "distrusted": {first: [2]},
+    }  # fmt: skip
+
+
+def test_the_account_says_what_ledger_and_records_hold(run: tuple[DatasetFolders, Path]) -> None:
+    folders, folder = run
+    account = gather(RunFiles.open(folders, folder))
+    assert account.gain == pytest.approx(0.08)
+    assert account.best is not None
+    assert account.best.number == 2
+    assert (account.stop_reason, account.validation_cases, account.calibration_cases) == ("round limit", 1, 2)
+    assert [r.confident for r in account.rounds] == [None, 0.4, 0.4]
+    sizes = [np.prod(c.geometry.spacing_xyz_mm) / 1000 for c in Cohort.load(folders.raw).unlabelled]
+    assert account.rounds[2].volumes[1] == pytest.approx((720 * sizes[0] + 700 * sizes[1]) / 2)
+    assert 0 < account.human_volumes[2] < account.human_volumes[1]
+    used, left_out = account.unlabelled
+    assert left_out.left_out == "its estimated Dice is below 0.3"
+    assert left_out.missing == (2,)
+    assert [q.estimate for q in used.classes] == [0.82, 0.25]
+    assert [q.distrusted for q in used.classes] == [False, True]
+    assert [(q.lower, q.change) for q in used.classes] == [(0.7, 0.02), (0.5, 0.04)]
+    assert {cost.name for cost in account.costs} >= {"nnU-Net training", "fusing labels", "planning, preprocessing"}
+
+
+def test_held_out_cases_have_the_students_dice_and_the_others_that_of_sam_2(run: tuple[DatasetFolders, Path]) -> None:
+    account = gather(RunFiles.open(*run))
+    held_out, other = [case for case in account.cases if case not in account.unlabelled][:2]
+    assert held_out.held_out
+    assert held_out.classes[0].measured == pytest.approx(0.88)
+    assert not other.held_out
+    assert [q.measured for q in other.classes] == [0.81, 0.62]
+
+
+def test_versions_hashes_and_what_else_happened_are_kept(run: tuple[DatasetFolders, Path]) -> None:
+    provenance = gather(RunFiles.open(*run)).provenance
+    assert provenance.machines == ({"packages": {"nnunetv2": "2.8.1"}, "cores": 2},)
+    assert provenance.sam2["checkpoint_hash"] == "cd" * 32
+    assert "retried: stage r02/train, why out of memory" in provenance.notes[0]
+    assert {row[4] for row in provenance.inputs} == {"", "ff" * 32}
+    assert provenance.report_machine["packages"]["nnunetv2"] != "not installed"
+
+
+def test_the_report_needs_neither_hidden_nor_test_labels(run: tuple[DatasetFolders, Path]) -> None:
+    folders, folder = run
+    for name in (HIDDEN_LABELS, TEST_LABELS):
+        for path in (folders.raw / name).glob("*"):
+            path.unlink()
+    path = write_report(folders, folder)
+    assert path == folder / REPORT_FILE
+    text = path.read_text(encoding="utf-8")
+    assert text.count('<script type="text/plain" id="px') == 5
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_pictures_show_first_last_and_human_labels_and_the_story(run: tuple[DatasetFolders, Path]) -> None:
+    files = RunFiles.open(*run)
+    pictures = _pictures(files, gather(files), None)
+    unlabelled = files.cohort.unlabelled[0].case_id
+    header, parts = unpack(pictures.blocks[unlabelled])
+    assert header["planes"] == ["first", "last", "confidence"]
+    maps = np.frombuffer(parts["maps"], np.uint8).reshape(3, -1)
+    assert (maps[0] != maps[1]).any()
+    story = parts["story"].decode()
+    assert "supports: one, two" in story
+    assert "changed by 0.020" in story
+    held_out, other = (unpack(pictures.blocks[c.case_id])[0]["planes"] for c in files.cohort.labelled[:2])
+    assert held_out == ["first", "last", "human", "confidence"]
+    assert other == ["first", "human", "confidence"]
+
+
+def test_between_rounds_the_cases_to_look_at_first_alone_have_pictures(run: tuple[DatasetFolders, Path]) -> None:
+    files = RunFiles.open(*run)
+    pictures = _pictures(files, gather(files), 1)
+    first, labelled = pictures.blocks
+    assert first == files.cohort.unlabelled[1].case_id
+    assert labelled == files.cohort.labelled[0].case_id
+    assert "2 of 5 cases have pictures" in pictures.note
+
+
+def test_a_case_whose_file_is_damaged_is_shown_without_pictures_and_with_the_reason(
+    run: tuple[DatasetFolders, Path],
+) -> None:
+    folders, folder = run
+    case = Cohort.load(folders.raw).unlabelled[0].case_id
+    path = folder / "r02" / "labels" / f"{case}.nii.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+    text = write_report(folders, folder).read_text(encoding="utf-8")
+    assert text.count('<script type="text/plain" id="px') == 4
+    assert path.name in text
+
+
+def test_a_report_that_fails_says_so_in_one_line_and_stops_nothing(
+    run: tuple[DatasetFolders, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders, folder = run
+    (folder / "r01" / "labels" / "round.json").write_text("{")
+    assert try_to_report(folders, folder) is None
+    said = capsys.readouterr().out.strip().splitlines()
+    assert len(said) == 1
+    assert "round.json" in said[0]
+    assert not (folder / REPORT_FILE).exists()
+
+
+def test_a_run_that_has_only_begun_has_a_report(fresh_dataset: DatasetFolders) -> None:
+    options = RunOptions(fold="all")
+    folder = run_folder(fresh_dataset, options.run_name)
+    Ledger(folder).append("run", options=options.to_json())
+    assert "Not finished yet" in write_report(fresh_dataset, folder).read_text(encoding="utf-8")
+
+
+def test_the_command_writes_where_it_is_told_and_refuses_where_there_is_no_run(
+    run: tuple[DatasetFolders, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "out" / "mine.html"
+    assert main(["report", "-d", "501", "--output", str(target), "--pictures", "0"]) == 0
+    assert str(target) in capsys.readouterr().out
+    assert 'id="px' not in target.read_text(encoding="utf-8")
+    assert main(["report", "-d", "501", "--run", "none"]) == 2
+    assert "has no run none" in capsys.readouterr().err
+
+
+def test_the_report_imports_no_torch() -> None:
+    script = "import sys, json, nnunet_sam2.report.write; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert not {"torch", "nnunetv2", "sam2"} & set(json.loads(done.stdout))
