@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -57,6 +58,35 @@ def test_members_are_asked_for_one_at_a_time() -> None:
     fused = fuse(stream(), (1, 2))
     assert alive == [0, 1, 2, 3]
     assert [m["support"] for m in fused.record["members"]] == ["s0", "s1", "s2", "s3"]
+
+
+def test_members_count_by_their_weight_class_by_class() -> None:
+    low, high = np.full((2, *SHAPE), 0.1, np.float32), np.full((2, *SHAPE), 0.4, np.float32)
+    background = np.full(SHAPE, 0.5, np.float32)
+    members = [
+        Member(name="a", prob_kzyx=low, background_zyx=background, weight_k=np.array([3.0, 0.0])),
+        Member(name="b", prob_kzyx=high, background_zyx=1.5 * background, weight_k=np.array([1.0, 2.0])),
+    ]
+    fused = fuse(members, (3, 7))
+    # Class 3: (3 * 0.1 + 0.4) / 4; class 7: b alone; background: weights 1.5 and 1.5.
+    score = np.array([0.625, 0.175, 0.4])
+    np.testing.assert_allclose(fused.prob_czyx[:, 0, 0, 0], score / score.sum(), rtol=1e-5)
+    assert [m["weights"] for m in fused.record["members"]] == [{"3": 3.0, "7": 0.0}, {"3": 1.0, "7": 2.0}]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_equal_weights_are_no_weights(background: bool) -> None:
+    plain = _random_members(4, background=background)
+    weighted = [dataclasses.replace(m, weight_k=np.full(2, 0.25)) for m in plain]
+    np.testing.assert_allclose(fuse(weighted, (1, 2)).prob_czyx, fuse(plain, (1, 2)).prob_czyx, rtol=1e-5)
+
+
+def test_weights_that_leave_a_class_without_a_member_are_refused() -> None:
+    (member,) = _random_members(1)
+    with pytest.raises(ValueError, match="no member counts"):
+        fuse([dataclasses.replace(member, weight_k=np.array([1.0, 0.0]))], (1, 2))
+    with pytest.raises(ValueError, match="weights"):
+        dataclasses.replace(member, weight_k=np.array([1.0, -1.0]))
 
 
 def test_a_class_wins_only_above_a_half_where_no_background_is_given() -> None:

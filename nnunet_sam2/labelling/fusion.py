@@ -55,10 +55,17 @@ class _Sums:
     """Running sums over members, so that fifty of them never lie in memory together."""
 
     prob_kzyx: np.ndarray
+    weight_k: np.ndarray
     background_zyx: np.ndarray | None = None
     count: int = 0
     packed_masks: list[np.ndarray] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
+
+    def checked_weights(self) -> np.ndarray:
+        """Return the classes' sums of weights."""
+        if not self.weight_k.all():
+            raise ValueError(f"no member counts for one of the classes: weights {self.weight_k.tolist()}")
+        return self.weight_k
 
 
 def fuse(members: Iterable[Member], class_values: tuple[int, ...], options: FusionOptions | None = None) -> PseudoLabel:
@@ -66,17 +73,22 @@ def fuse(members: Iterable[Member], class_values: tuple[int, ...], options: Fusi
 
     The mean probability over members, the 3D component filter and the binary entropy are those of SSL-MedSAM2 (arXiv
     2512.11548), with every class at once. Where no member has a background of its own, the background is 1 - max over
-    the classes of the mean, so that a class wins only above a half, as in that work. Raises `ValueError` where there
-    is no member.
+    the classes of the mean, so that a class wins only above a half, as in that work. Members with weights count for each
+    class by those, and for the background by their mean. Raises `ValueError` where there is no member, or none with a
+    weight for a class.
     """
     options = options or FusionOptions()
-    sums = _add_up(members)
-    mean_kzyx = sums.prob_kzyx / np.float32(sums.count)
+    sums = _add_up(members, class_values)
+    # Everything in place: of a long volume two such arrays more would be too many.
+    prob_czyx = np.empty((len(class_values) + 1, *sums.prob_kzyx.shape[1:]), np.float32)
+    np.divide(sums.prob_kzyx, sums.checked_weights()[:, None, None, None], out=prob_czyx[1:])
+    del sums.prob_kzyx
     if sums.background_zyx is None:
-        background_zyx = 1.0 - mean_kzyx.max(axis=0)
+        np.subtract(1.0, prob_czyx[1:].max(axis=0), out=prob_czyx[0])
     else:
-        background_zyx = sums.background_zyx / np.float32(sums.count)
-    prob_czyx = np.concatenate([background_zyx[None], mean_kzyx]).clip(0.0, 1.0)
+        np.divide(sums.background_zyx, sums.weight_k.mean(), out=prob_czyx[0])
+        del sums.background_zyx
+    prob_czyx.clip(0.0, 1.0, out=prob_czyx)
     # The label follows the unnormalised scores: normalising must not lift a class that lost against the background.
     pseudo = _label(prob_czyx, class_values, options)
     pseudo.record["members"] = sums.records
@@ -155,10 +167,17 @@ def as_probability(values: np.ndarray) -> np.ndarray:
 
 def normalised(prob_czyx: np.ndarray) -> np.ndarray:
     """Scale probabilities so that they sum to one over the channels; all-zero voxels become background."""
+    return _normalise(np.array(prob_czyx, np.float32))
+
+
+def _normalise(prob_czyx: np.ndarray) -> np.ndarray:
+    """Do `normalised`'s work in place."""
     total_zyx = prob_czyx.sum(axis=0)
-    result_czyx = prob_czyx / np.where(total_zyx > 0, total_zyx, 1.0).astype(np.float32)[None]
-    result_czyx[0][total_zyx <= 0] = 1.0
-    return np.asarray(result_czyx, np.float32)
+    nothing_zyx = total_zyx <= 0
+    total_zyx[nothing_zyx] = 1.0
+    prob_czyx /= total_zyx[None]
+    prob_czyx[0][nothing_zyx] = 1.0
+    return prob_czyx
 
 
 def confidence_of(prob_zyx: np.ndarray, kind: Literal["entropy", "margin"] = "entropy") -> np.ndarray:
@@ -176,13 +195,17 @@ def label_dtype(class_values: Sequence[int]) -> type[np.unsignedinteger[Any]]:
 
 
 def _label(score_czyx: np.ndarray, class_values: tuple[int, ...], options: FusionOptions) -> PseudoLabel:
+    """Label by the scores, which become the probabilities: the array is changed."""
     values = np.array([0, *class_values], dtype=label_dtype(class_values))
-    label_zyx = values[np.argmax(score_czyx, axis=0)]
-    prob_czyx = normalised(score_czyx)
+    # Slice by slice, for numpy's indices take eight bytes a voxel.
+    label_zyx = np.stack([values[np.argmax(score_cyx, axis=0)] for score_cyx in np.moveaxis(score_czyx, 1, 0)])
+    prob_czyx = _normalise(score_czyx)
     label_zyx, taken = filter_components(label_zyx, prob_czyx, class_values, keep=options.keep(class_values))
     # Of the probabilities before the filter: what it moved was contested, and is not to be trusted.
-    chosen_zyx = np.take_along_axis(prob_czyx, np.searchsorted(values, label_zyx)[None], axis=0)[0]
-    confidence_zyx = confidence_of(chosen_zyx, options.confidence)
+    confidence_zyx = np.empty(label_zyx.shape, np.float32)
+    for z, label_yx in enumerate(label_zyx):
+        chosen_yx = np.take_along_axis(prob_czyx[:, z], np.searchsorted(values, label_yx)[None], axis=0)[0]
+        confidence_zyx[z] = confidence_of(chosen_yx, options.confidence)
     foreground_zyx = label_zyx > 0
     record: dict[str, Any] = {
         "voxels": {str(v): int(np.count_nonzero(label_zyx == v)) for v in class_values},
@@ -195,25 +218,36 @@ def _label(score_czyx: np.ndarray, class_values: tuple[int, ...], options: Fusio
     return PseudoLabel(label_zyx=label_zyx, confidence_zyx=confidence_zyx, prob_czyx=prob_czyx, record=record)
 
 
-def _add_up(members: Iterable[Member]) -> _Sums:
+def _add_up(members: Iterable[Member], class_values: Sequence[int]) -> _Sums:
     sums: _Sums | None = None
     for member in members:
         prob_kzyx = np.asarray(member.prob_kzyx, np.float32)
         if sums is None:
-            sums = _Sums(prob_kzyx=np.zeros_like(prob_kzyx))
+            sums = _Sums(prob_kzyx=np.zeros_like(prob_kzyx), weight_k=np.zeros(len(prob_kzyx), np.float32))
         if prob_kzyx.shape != sums.prob_kzyx.shape:
             raise ValueError(f"member {member.name} has shape {prob_kzyx.shape}, others {sums.prob_kzyx.shape}")
+        weight_k = np.ones(len(prob_kzyx)) if member.weight_k is None else member.weight_k
+        weight_k = weight_k.astype(np.float32)
         if member.background_zyx is not None and sums.background_zyx is None:
             # Members before this one had no background of their own: theirs is taken from their mean.
-            before_zyx = sums.count - sums.prob_kzyx.max(axis=0)
-            sums.background_zyx = before_zyx.astype(np.float32)
+            share = sums.weight_k.mean()
+            known = sums.count > 0 and bool(share)
+            sums.background_zyx = np.zeros(prob_kzyx.shape[1:], np.float32)
+            if known:
+                mean_kzyx = sums.prob_kzyx / sums.checked_weights()[:, None, None, None]
+                sums.background_zyx += share * (1.0 - mean_kzyx.max(axis=0))
         if sums.background_zyx is not None:
             own_zyx = member.background_zyx
-            sums.background_zyx += (1.0 - prob_kzyx.max(axis=0)) if own_zyx is None else own_zyx
-        sums.prob_kzyx += prob_kzyx
+            own_zyx = (1.0 - prob_kzyx.max(axis=0)) if own_zyx is None else own_zyx
+            sums.background_zyx += weight_k.mean() * own_zyx
+        sums.prob_kzyx += prob_kzyx if member.weight_k is None else weight_k[:, None, None, None] * prob_kzyx
+        sums.weight_k += weight_k
         sums.count += 1
         sums.packed_masks.append(np.packbits(prob_kzyx > 0.5, axis=None))
-        sums.records.append({"name": member.name, **member.record})
+        record = {"name": member.name, **member.record}
+        if member.weight_k is not None:
+            record["weights"] = {str(v): round(float(w), 4) for v, w in zip(class_values, weight_k, strict=True)}
+        sums.records.append(record)
     if sums is None:
         raise ValueError("there is no member to fuse")
     return sums

@@ -20,8 +20,17 @@ class Member:
     """Probability of each class, float32, 0 to 1; the classes need not sum to one."""
     background_zyx: np.ndarray | None = None
     """Probability of the background where the strategy has one of its own; else 1 - max over classes is used."""
+    weight_k: np.ndarray | None = None
+    """How much the member counts for each class beside the others, not negative; None: 1 for all."""
     record: dict[str, Any] = field(default_factory=dict)
     """JSON value: supports, prompts, scores, seeds: how this member came about."""
+
+    def __post_init__(self) -> None:
+        weight_k = self.weight_k
+        if weight_k is not None and not (
+            weight_k.shape == self.prob_kzyx.shape[:1] and np.isfinite(weight_k).all() and (weight_k >= 0).all()
+        ):
+            raise ValueError(f"member {self.name} has weights {weight_k} for {len(self.prob_kzyx)} classes")
 
 
 @dataclass(frozen=True, kw_only=True)
