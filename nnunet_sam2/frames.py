@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -121,6 +121,33 @@ class Frames:
             channels=self.channels,
             windows=self.windows,
         )
+
+    def remapped(self, curves: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> Frames:
+        """Return the same volume with other intensities: windowed values (0 to 1) go along a curve for each channel.
+
+        A curve is (from, to), ``from`` ascending; between its points values are interpolated. Voxels at the window's
+        lower end, which are the background, stay there.
+        """
+        array_cnhw = np.zeros(self._array_cnhw.shape, np.float32)
+        for channel, (source, target) in curves.items():
+            for index in range(len(self)):
+                plane = self._windowed(channel, index)
+                array_cnhw[channel, index] = np.where(plane > 0, np.interp(plane, source, target), 0.0)
+        return Frames(
+            array_czyx=np.moveaxis(array_cnhw, 1, self.slice_axis + 1),
+            geometry=self.geometry,
+            size=self.size,
+            slice_axis=self.slice_axis,
+            channels=self.channels,
+            windows=[(0.0, 1.0)] * len(array_cnhw),
+        )
+
+    def values(self, channel: int, *, at_most: int = 2**18) -> np.ndarray:
+        """Return windowed intensities (0 to 1) above the background, at most so many, spread over the volume."""
+        step = max(1, round(len(self) * self._array_cnhw[0, 0].size / at_most))
+        planes = [self._windowed(channel, index).ravel() for index in range(len(self))]
+        values = np.concatenate(planes)[::step]
+        return np.asarray(values[values > 0])
 
     def cropped(self, start_zyx: tuple[int, int, int], stop_zyx: tuple[int, int, int]) -> Frames:
         """Return a part of the volume, sliced alike and with the same intensity windows; it fills the whole frame."""

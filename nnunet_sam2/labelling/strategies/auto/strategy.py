@@ -12,6 +12,7 @@ from nnunet_sam2.frames import view_axes
 from nnunet_sam2.labelling.components import single_component_classes
 from nnunet_sam2.labelling.fusion import FusionOptions, fuse
 from nnunet_sam2.labelling.member import Member
+from nnunet_sam2.labelling.strategies.auto.intensity import contrast_like
 from nnunet_sam2.labelling.strategies.auto.views import Views
 from nnunet_sam2.labelling.strategies.auto.zoom import MOST_OF_A_SLICE, box_around, close_up, labelled_part, put_back
 from nnunet_sam2.labelling.strategies.transfer.strategy import TransferOptions
@@ -31,6 +32,8 @@ class AutoOptions:
     """``auto``: along all three axes where the voxels are about as long as wide, else along the slices; ``one``."""
     zoom: str = "on"
     """``on``: labels are transferred between close-ups of the part that the labels fill; ``off``: on whole slices."""
+    intensities: str = "checked"
+    """``checked``: a query whose intensities are foreign to the supports is matched to them; ``as they are``: never."""
     decoder: str = "checked"
     """As in `TransferOptions`."""
     check_slices: int = 24
@@ -41,6 +44,8 @@ class AutoOptions:
             raise ValueError(f"views={self.views}: choose auto or one")
         if self.zoom not in ("on", "off"):
             raise ValueError(f"zoom={self.zoom}: choose on or off")
+        if self.intensities not in ("checked", "as they are"):
+            raise ValueError(f"intensities={self.intensities}: choose checked or as they are")
         self.transfer_options()
 
     def transfer_options(self) -> TransferOptions:
@@ -94,6 +99,20 @@ class Auto:
         rng: np.random.Generator,
     ) -> Iterator[Member]:
         """Yield one member for each view and margin; see `Strategy.members`. Nothing is drawn from ``rng``."""
+        contrast: dict[str, Any] = {}
+        if self._options.intensities == "checked" and supports:
+            query, contrast = contrast_like(query, supports, class_values, backend)
+        for member in self._looks(query, supports, class_values, backend, rng):
+            yield replace(member, record={**member.record, "intensities": contrast})
+
+    def _looks(
+        self,
+        query: Query,
+        supports: Sequence[Support],
+        class_values: tuple[int, ...],
+        backend: Sam2Backend,
+        rng: np.random.Generator,
+    ) -> Iterator[Member]:
         axes = self._axes(query)
         given = (supports, class_values, backend, rng)
         if self._options.zoom == "off":
