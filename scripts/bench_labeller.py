@@ -1,19 +1,28 @@
 """Time the labeller on this machine and write docs/benchmarks/labeller.json and its tables in docs/performance.md.
 
 ``python scripts/bench_labeller.py`` measures the parts that have no result yet; ``--part NAME`` measures one anew.
-Run it on an idle machine.
+Seconds are the processor's, of one process, the labeller and its twin turn by turn: other load changes ratios little.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import platform
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from bench_data import PROJECT
+from labeller_bench.auto_part import auto_table, measure_auto
+from labeller_bench.growth_part import ceiling_table, growth_table, measure_ceiling, measure_growth
+from labeller_bench.insert_part import insert_table, measure_insert
+from labeller_bench.lpips_part import lpips_table, measure_lpips
+from labeller_bench.memory_part import measure_memory, memory_table
+from labeller_bench.setting import MODELS
 from marked_table import replace_marked
 
 from nnunet_sam2.frames import Frames
@@ -29,19 +38,56 @@ def main() -> None:
     """Measure what is asked for and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=sorted(PARTS), action="append", default=[])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", choices=MODELS, action="append", default=[], help="for the part insert")
+    parser.add_argument("--tables", action="store_true", help="write the tables alone")
     args = parser.parse_args()
     results: dict[str, Any] = read_json(RESULTS) if RESULTS.is_file() else {}
     for name, (measure, _) in PARTS.items():
-        if name in args.part or (not args.part and name not in results):
-            # Waiting threads make half of a small model's time: each policy has a row of its own.
-            policy = os.environ.get("OMP_WAIT_POLICY") or "(unset)"
-            row = {"cores": os.cpu_count(), "threads": args.threads, **measure(args.threads)}
-            results[name] = {**results.get(name, {}), policy: row}
+        if not args.tables and (name in args.part or (not args.part and name not in results)):
+            results[name] = measure(args, results.get(name, {}))
             write_json(RESULTS, results)
     for name, (_, table) in PARTS.items():
         if name in results:
             replace_marked(PAGE, name, table(results[name]))
+
+
+def _on_machine(args: argparse.Namespace) -> dict[str, Any]:
+    return {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": args.threads}
+
+
+def _clip(args: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
+    # Waiting threads make half of a small model's time: each policy has a row of its own.
+    policy = os.environ.get("OMP_WAIT_POLICY") or "(unset)"
+    return {**before, policy: {"cores": os.cpu_count(), "threads": args.threads, **measure_clip(args.threads)}}
+
+
+def _insert(args: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
+    found = dict(before.get("models", {}))
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        measured = measure_insert(args.threads, tuple(args.model or MODELS), device)
+        found |= {name if device == "cpu" else f"{name} on {device}": row for name, row in measured.items()}
+    return {**_on_machine(args), "models": found}
+
+
+def _auto(args: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
+    return {**_on_machine(args), "sets": measure_auto(args.threads, "cpu")}
+
+
+def _lpips(args: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
+    return {**_on_machine(args), **measure_lpips(args.threads, None)}
+
+
+def _memory(args: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
+    return {**_on_machine(args), "strategies": measure_memory(args.threads)}
+
+
+def _growth(args: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
+    return {**_on_machine(args), "growth": measure_growth(args.threads)}
+
+
+def _ceiling(args: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
+    return {**_on_machine(args), "ceiling": measure_ceiling(args.threads)}
 
 
 def measure_clip(threads: int) -> dict[str, Any]:
@@ -84,7 +130,16 @@ def clip_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-PARTS = {"clip": (measure_clip, clip_table)}
+Measure = Callable[[argparse.Namespace, dict[str, Any]], dict[str, Any]]
+PARTS: dict[str, tuple[Measure, Callable[[dict[str, Any]], str]]] = {
+    "clip": (_clip, clip_table),
+    "ceiling": (_ceiling, ceiling_table),
+    "insert": (_insert, insert_table),
+    "auto": (_auto, auto_table),
+    "lpips": (_lpips, lpips_table),
+    "memory": (_memory, memory_table),
+    "growth": (_growth, growth_table),
+}
 
 if __name__ == "__main__":
     main()

@@ -15,7 +15,7 @@ import torch
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.frames import Frames
-from nnunet_sam2.sam2.cache import TENSORS, EmbeddingCache
+from nnunet_sam2.sam2.cache import TENSORS, EmbeddingCache, joined_halves, to_half
 from nnunet_sam2.sam2.checkpoint import read_checkpoint, recognise
 from nnunet_sam2.sam2.config import check_image_size, load_config
 from nnunet_sam2.sam2.decoder import decode_frame
@@ -151,9 +151,10 @@ class MetaSam2Backend:
                 self._batch = max(1, self._batch // 2)
                 continue
             for name, features in zip(TENSORS, maps, strict=True):
-                parts[name].append(features.float().cpu())
+                # Rounded at once: a long volume in full precision would not fit.
+                parts[name].append(to_half(features.float()))
             start = stop
-        return self._cache.put(key, {name: torch.cat(features) for name, features in parts.items()})
+        return self._cache.put(key, {name: joined_halves(parts.pop(name)) for name in TENSORS})
 
     def decode(
         self,

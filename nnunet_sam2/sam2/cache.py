@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,12 @@ class EmbeddingCache:
         return found
 
     def put(self, key: str, tensors: Mapping[str, torch.Tensor]) -> StoredEmbeddings:
-        """Keep feature maps (N, C, H, W), named as in `TENSORS`, and return them as they will be read from now on."""
-        kept = {name: to_half(tensors[name]) for name in TENSORS}
+        """Keep feature maps (N, C, H, W), named as in `TENSORS`, and return them as they will be read from now on.
+
+        What is not in half precision yet is rounded to it.
+        """
+        halves = (torch.float16, torch.bfloat16)
+        kept = {name: t if (t := tensors[name]).dtype in halves else to_half(t) for name in TENSORS}
         path = None
         if self.folder is not None:
             path = self._path(key)
@@ -151,6 +155,12 @@ def to_half(tensor: torch.Tensor) -> torch.Tensor:
     """Round to float16 on the CPU, or to bfloat16 where a value exceeds float16's range."""
     dtype = torch.float16 if float(tensor.abs().max()) < torch.finfo(torch.float16).max else torch.bfloat16
     return tensor.detach().to(dtype).cpu().contiguous()
+
+
+def joined_halves(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Join parts that `to_half` has rounded one by one; in bfloat16 where one of them needs its range."""
+    wide = any(part.dtype == torch.bfloat16 for part in parts)
+    return torch.cat([part.to(torch.bfloat16) for part in parts] if wide else list(parts))
 
 
 def _write(path: Path, key: str, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -186,8 +186,7 @@ class _Layer:
         self._own_qkv = [_cast(own.q_proj, dtype, scale), _cast(own.k_proj, dtype), _cast(own.v_proj, dtype)]
         self._own_out = _cast(own.out_proj, dtype)
         self._query = _cast(memory.q_proj, dtype, scale)
-        # Keys in full precision: they are few, and what is rounded here would be read often.
-        self._key = _cast(memory.k_proj, torch.float32)
+        self._key = _cast(memory.k_proj, dtype)
         # The two projections after the weighted mean are one.
         out_cc, value_cd = memory.out_proj.weight.double(), memory.v_proj.weight.double()
         bias_c = out_cc @ memory.v_proj.bias.double() + memory.out_proj.bias.double()
@@ -211,7 +210,7 @@ class _Layer:
 
     def keys(self, tokens_bmd: torch.Tensor, positions_bmd: torch.Tensor, pointers: int) -> torch.Tensor:
         """Return the memories' keys, (B, M, C) float32; the last ``pointers`` of them are not turned by place."""
-        keys_bmc = linear(tokens_bmd + positions_bmd, *self._key)
+        keys_bmc = linear((tokens_bmd + positions_bmd).to(self._dtype), *self._key).float()
         count, total, features = keys_bmc.shape
         placed = total - pointers
         if not placed:
