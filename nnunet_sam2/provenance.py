@@ -1,10 +1,9 @@
-"""Versions and machine of this process: what a result may depend on besides its inputs. Imports no torch."""
+"""Versions and machine of this process: what a result may depend on besides its inputs."""
 
 from __future__ import annotations
 
 import os
 import platform
-import sys
 from importlib import metadata
 from typing import Any
 
@@ -27,8 +26,11 @@ PACKAGES = (
 )
 
 
-def provenance() -> dict[str, Any]:
-    """Return versions of the packages that results depend on, and the machine, as a JSON value."""
+def provenance(*, gpu: bool = False) -> dict[str, Any]:
+    """Return versions of the packages that results depend on, and the machine, as a JSON value.
+
+    torch is imported only to name the ``gpu``.
+    """
     return {
         "packages": {"nnunet_sam2": __version__, **{name: _version(name) for name in PACKAGES}},
         "python": platform.python_version(),
@@ -36,7 +38,7 @@ def provenance() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "memory_gb": _memory_gb(),
-        "gpu": _gpu(),
+        "gpu": _gpu() if gpu else None,
     }
 
 
@@ -66,8 +68,6 @@ def _memory_gb() -> float | None:
 
 
 def _gpu() -> str | None:
-    """Name the GPU, where this process has loaded torch anyway."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return None
-    return str(torch.cuda.get_device_name())
+    import torch
+
+    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else None

@@ -260,6 +260,9 @@ def test_a_thousand_cases_stay_small_and_open_at_once(
     drawn = browser.execute_script("return document.querySelectorAll('#table tbody tr').length")
     assert drawn < count
     assert seconds < 3.0
+    browser.execute_script("document.getElementById('cases').scrollIntoView()")
+    browser.execute_script("const list = document.querySelector('.list'); list.scrollTop = list.scrollHeight")
+    wait(browser, f"return document.querySelectorAll('#table tbody tr').length > {drawn}")
     browser.find_element("css selector", "th[data-sort=id] button").click()
     browser.find_element("css selector", "th[data-sort=id] button").click()
     assert rows(browser)[0] == "case_0999"

@@ -48,7 +48,7 @@ def run_loop(folders: DatasetFolders, options: RunOptions, *, report: Report | N
     with only_run(folder):
         ledger = Ledger(folder)
         _remember_options(ledger, folder, options)
-        _remember_machine(ledger)
+        _remember_machine(ledger, options)
         remove_temporary_files(folder)
         run = RunContext(folders=folders, cohort=cohort, options=options, ledger=ledger, folder=folder)
         _alternate(run, report or (lambda finished: None))
@@ -186,9 +186,9 @@ def _ended(ledger: Ledger) -> bool:
     return any(event["event"] == "stopped" for event in ledger.events)
 
 
-def _remember_machine(ledger: Ledger) -> None:
+def _remember_machine(ledger: Ledger, options: RunOptions) -> None:
     """Note versions and machine where they are others than those that last worked on the run."""
-    machine = provenance()
+    machine = provenance(gpu=options.device in ("auto", "cuda"))
     before = [event["machine"] for event in ledger.events if event["event"] == "machine"]
     if not before or before[-1] != machine:
         ledger.append("machine", machine=machine)

@@ -37,7 +37,7 @@ for (const button of document.querySelectorAll(".first [data-case]")) {
 // Where the list scrolls by itself, rows follow by themselves; on a phone they would keep the page's end out of reach.
 new IntersectionObserver(([entry]) => {
   if (entry.isIntersecting && table.drawn < table.rows.length && wide.matches) drawRows(MORE_ROWS);
-}).observe(byId("more"));
+}, { root: document.querySelector(".list"), rootMargin: "500px" }).observe(byId("more"));
 
 byId("close").addEventListener("click", closeCase);
 byId("before").addEventListener("click", () => stepCase(-1));
