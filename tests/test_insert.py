@@ -218,3 +218,21 @@ def test_classes_of_one_support_are_put_at_the_same_drawn_places(backend, query,
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         InsertOptions(**options)
+
+
+def test_members_that_do_not_fit_in_memory_together_are_the_same_members(backend, query, support, monkeypatch):
+    together = run(backend, query, [support], insertions=3)
+    monkeypatch.setattr("nnunet_sam2.labelling.strategies.insert.strategy._MEMBERS_BYTES", 1)
+    apart = run(backend, query, [support], insertions=3)
+    assert [m.name for m in together] == [m.name for m in apart]
+    for a, b in zip(together, apart, strict=True):
+        np.testing.assert_allclose(a.prob_kzyx, b.prob_kzyx, atol=0.02)
+
+
+def test_walks_of_all_members_and_classes_advance_together(backend, query, support, monkeypatch):
+    calls = []
+    walk_many = backend.walk_many
+    monkeypatch.setattr(backend, "walk_many", lambda walks: calls.append(len(walks)) or walk_many(walks), raising=False)
+    run(backend, query, [support], insertions=2)
+    assert len(calls) == 1
+    assert calls[0] >= 2 * len(CLASSES)

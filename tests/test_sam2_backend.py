@@ -12,7 +12,7 @@ import torch
 
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.sam2.backend import MetaSam2Backend, default_precision, load_backend
-from nnunet_sam2.sam2.cache import TENSORS, EmbeddingCache
+from nnunet_sam2.sam2.cache import TENSORS, EmbeddingCache, joined_halves, to_half
 from nnunet_sam2.sam2.config import UNTRAINED, load_config
 from nnunet_sam2.sam2.model import build_untrained, model_arguments
 from nnunet_sam2.sam2.protocol import Sam2Spec
@@ -388,3 +388,13 @@ def test_real_image_weights_segment_a_bright_disc_from_its_box(tmp_path):
         exact = load_backend(str(IMAGE_WEIGHTS), device="cpu", image_size=size, precision="float32").embed(frames)
         cosine = torch.cosine_similarity(exact.top(0), backend.embed(frames).top(0), dim=0)
         assert float(cosine.mean()) > 0.999
+
+
+def test_parts_of_a_volume_are_rounded_as_the_whole_would_be():
+    small, large = torch.rand(2, 3), torch.tensor([[1.0, 2.0, 1e6]])
+    joined = joined_halves([to_half(small), to_half(small + 1)])
+    assert joined.dtype == torch.float16
+    assert torch.equal(joined, to_half(torch.cat([small, small + 1])))
+    wide = joined_halves([to_half(small), to_half(large)])
+    assert wide.dtype == torch.bfloat16
+    torch.testing.assert_close(wide.float(), torch.cat([small, large]), rtol=1e-2, atol=1e-3)
