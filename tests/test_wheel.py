@@ -50,7 +50,9 @@ def test_the_wheel_holds_weights_configurations_and_the_trainers_shim(wheel: Pat
     weights = [name for name in sizes if name.endswith(".safetensors")]
     assert len(weights) == 1
     assert sizes[weights[0]] <= LIMIT_BYTES
-    for name in ("sam2/configs/embedded.yaml", "trainers/ext/nnunet_sam2_trainer_shim.py", "py.typed"):
+    page = ("page.html.j2", "page.css", "main.js", "three.min.js", "three.LICENSE")
+    others = ("sam2/configs/embedded.yaml", "trainers/ext/nnunet_sam2_trainer_shim.py", "py.typed")
+    for name in (*others, *(f"report/assets/{asset}" for asset in page)):
         assert f"nnunet_sam2/{name}" in sizes
 
 
