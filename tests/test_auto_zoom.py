@@ -9,10 +9,11 @@ import pytest
 
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.geometry import Geometry
+from nnunet_sam2.labelling.explain.members import explain_member
 from nnunet_sam2.labelling.fusion import fuse
 from nnunet_sam2.labelling.leave_one_out import dice_by_class
 from nnunet_sam2.labelling.member import Member
-from nnunet_sam2.labelling.strategies.auto.strategy import MARGINS_OF_ONE_VIEW, Auto, AutoOptions
+from nnunet_sam2.labelling.strategies.auto.strategy import ONE_VIEW, Auto, AutoOptions
 from nnunet_sam2.labelling.strategies.auto.zoom import Box, box_around, close_up, labelled_part, put_back
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.support.cases import Support
@@ -98,9 +99,11 @@ def test_what_is_small_in_the_slice_is_drawn_better_from_near(cases: list[Suppor
     dice = {}
     for zoom in ("on", "off"):
         members = _members(Auto(AutoOptions(zoom=zoom, check_slices=0)), cases[0], cases[1:], backend)
-        assert len(members) == (len(MARGINS_OF_ONE_VIEW) if zoom == "on" else 1)
+        assert len(members) == (len(ONE_VIEW) if zoom == "on" else 1)
         label = fuse(members, (RING,)).label_zyx
         dice[zoom] = dice_by_class(label, cases[0].label_zyx, (RING,))[RING] or 0.0
+        said = " ".join(explain_member("auto", {"name": members[0].name, **members[0].record}, str(RING)).made)
+        assert ("seen from near: voxels z 0-4" in said) == (zoom == "on")
     assert dice["on"] > dice["off"] + 0.1
     assert dice["on"] > 0.7
 

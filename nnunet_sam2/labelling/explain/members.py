@@ -166,6 +166,21 @@ def _transfer(member: Json, value: str) -> Said:
     return said
 
 
+def _auto(member: Json, value: str) -> Said:
+    said = _transfer(member, value)
+    box = member.get("box_zyx")
+    if box:
+        part = ", ".join(f"{axis} {a}-{b - 1}" for axis, a, b in zip("zyx", *box, strict=True))
+        said.made.append(f"seen from near: voxels {part}, where a first transfer found the classes")
+    taken = member.get("intensities", {}).get("taken", "as it is")
+    if taken != "as it is":
+        said.made.append(f"the query's intensities were foreign to the supports and were {taken} before")
+    weight = member.get("weights", {}).get(value)
+    if weight is not None:
+        said.made.append(f"counts with weight {weight:g}")
+    return said
+
+
 def _chain(member: Json, value: str) -> Said:
     prompted = [f"{case} slice {n}" for case, n in member.get("anchors", [])]
     said = Said(
@@ -207,6 +222,7 @@ _STRATEGIES: Mapping[str, Callable[[Json, str], Said]] = {
     "match": _match,
     "guided": _guided,
     "refine": _refine,
+    "auto": _auto,
     "transfer": _transfer,
     "chain": _chain,
 }

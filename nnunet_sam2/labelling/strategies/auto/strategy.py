@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,14 +15,17 @@ from nnunet_sam2.labelling.fusion import FusionOptions, fuse
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.strategies.auto.intensity import contrast_like
 from nnunet_sam2.labelling.strategies.auto.views import Views
-from nnunet_sam2.labelling.strategies.auto.zoom import MOST_OF_A_SLICE, box_around, close_up, labelled_part, put_back
+from nnunet_sam2.labelling.strategies.auto.zoom import CloseUps, box_around, close_up, labelled_part, put_back
 from nnunet_sam2.labelling.strategies.transfer.strategy import TransferOptions
 from nnunet_sam2.sam2.protocol import Sam2Backend
 from nnunet_sam2.support.cases import Query, Support
 
-MARGINS_OF_ONE_VIEW = (0.1, 0.25)
-MARGINS_OF_SEVERAL = (0.1,)
+ONE_VIEW, SEVERAL_VIEWS = (0.1, 0.25), (0.25,)
 """How much is seen around the labels, one close-up each: two where there is one view, so that the cost stays alike."""
+
+LARGEST_OF_ONE_VIEW, LARGEST_OF_SEVERAL = 0.9, 0.5
+"""Part of a slice's area from which on a close-up is no use: with several views, a border that is blurred in one is
+sharp in another anyway, and what surrounds the labels says more than a little magnification."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +64,8 @@ class Auto:
     supports to what their own labels fill, and both are encoded again at the model's full size: structures that were a
     cell of the embedding wide are several wide now, and places correspond whatever lies around. Isotropic volumes are
     labelled along all three axes; anisotropic ones and pictures along one, but at two margins. Where the first
-    transfer finds nothing, or the labels fill the slices anyway, whole slices are taken. Needs no video memory.
+    transfer finds nothing, or the labels fill the slices anyway, whole slices are taken. A query of another contrast
+    than the supports' is brought to theirs before (`contrast_like`). Needs no video memory.
     """
 
     name: ClassVar[str] = "auto"
@@ -82,12 +87,11 @@ class Auto:
         self._forget()
         axes = sorted({axis for support in supports for axis in self._axes(support)})
         own = sorted({support.frames.slice_axis for support in supports})
-        record = self._whole.prepare(supports, class_values, backend, axes=own if self._options.zoom == "on" else axes)
-        for margin in self._margins(axes):
-            near = self._close_ups(supports, margin, class_values, backend)
-            if near:
-                found = self._near(margin).prepare(near, class_values, backend, axes=axes)
-                record |= {f"{name}, margin {margin:g}": entry for name, entry in found.items()}
+        near = self._close_ups(supports, axes, class_values, backend)
+        record = self._whole.prepare(supports, class_values, backend, axes=own if near else axes)
+        for margin, parts in near.items():
+            found = self._near(margin).prepare(parts, class_values, backend, axes=axes)
+            record |= {f"{name}, margin {margin:g}": entry for name, entry in found.items()}
         return record
 
     def members(
@@ -113,64 +117,57 @@ class Auto:
         backend: Sam2Backend,
         rng: np.random.Generator,
     ) -> Iterator[Member]:
-        axes = self._axes(query)
-        given = (supports, class_values, backend, rng)
-        if self._options.zoom == "off":
-            for member in self._whole.members(query, *given, axes=axes):
-                yield replace(member, name=f"{self.name}:{member.name}")
-            return
+        axes, given = self._axes(query), (supports, class_values, backend, rng)
+        near = self._close_ups(supports, axes, class_values, backend)
         first = list(self._whole.members(query, *given, axes=axes[:1]))
-        single = single_component_classes([support.label_zyx for support in supports], class_values)
-        found_first = fuse(first, class_values, FusionOptions(single_component_classes=single))
-        shown = [set(np.unique(support.label_zyx).tolist()) & set(class_values) for support in supports]
-        always = set(class_values).intersection(*(values for values in shown if values))
-        where_zyx = labelled_part(found_first.label_zyx, found_first.prob_czyx, class_values, expected=always)
+        where_zyx = _where(first, supports, class_values) if near else None
+        boxes = {} if where_zyx is None else {margin: box_around(where_zyx, margin=margin) for margin in near}
         found = False
-        for margin in self._margins(axes):
-            near = self._close_ups(supports, margin, class_values, backend)
-            box = box_around(where_zyx, margin=margin) if near else None
-            if box is None or box.share_of_slice(query.geometry.shape_zyx, axes[0]) > MOST_OF_A_SLICE:
+        for margin, box in boxes.items():
+            if box is None or box.share_of_slice(query.geometry.shape_zyx, axes[0]) > LARGEST_OF_ONE_VIEW:
                 continue
             found = True
             part = close_up(query, box, backend)
-            for member in self._near(margin).members(part, near, class_values, backend, rng, axes=axes):
+            for member in self._near(margin).members(part, near[margin], class_values, backend, rng, axes=axes):
                 record = {"margin": margin, "box_zyx": [list(box.start_zyx), list(box.stop_zyx)], **member.record}
                 name = f"{self.name}:{member.name}, margin {margin:g}"
                 yield put_back(replace(member, name=name, record=record), box, query)
         if not found:
             others = self._whole.members(query, *given, axes=axes[1:])
-            for member in (*first, *others):
+            for member in chain(first, others):
                 yield replace(member, name=f"{self.name}:{member.name}")
 
     def _axes(self, case: Query | Support) -> tuple[int, ...]:
         own = case.frames.slice_axis
         return view_axes(case.geometry, own) if self._options.views == "auto" else (own,)
 
-    def _margins(self, axes: Sequence[int]) -> tuple[float, ...]:
+    def _close_ups(
+        self, supports: Sequence[Support], axes: Sequence[int], class_values: tuple[int, ...], backend: Sam2Backend
+    ) -> dict[float, list[Support]]:
+        """Return the supports' close-ups by margin; margins that bring nothing nearer are left out."""
         if self._options.zoom == "off":
-            return ()
-        return MARGINS_OF_ONE_VIEW if len(axes) == 1 else MARGINS_OF_SEVERAL
+            return {}
+        one = len(axes) == 1
+        largest = LARGEST_OF_ONE_VIEW if one else LARGEST_OF_SEVERAL
+        near = {
+            margin: self._parts.of(supports, class_values, backend, margin=margin, largest=largest)
+            for margin in (ONE_VIEW if one else SEVERAL_VIEWS)
+        }
+        return {margin: parts for margin, parts in near.items() if parts}
 
     def _near(self, margin: float) -> Views:
         return self._by_margin.setdefault(margin, Views(self._options.transfer_options()))
 
-    def _close_ups(
-        self, supports: Sequence[Support], margin: float, class_values: tuple[int, ...], backend: Sam2Backend
-    ) -> list[Support]:
-        """Return the supports as what their labels fill, the same objects every time, less those that show no class."""
-        near = []
-        for support in supports:
-            key = (id(support), margin)
-            if key not in self._parts:
-                box = box_around(np.isin(support.label_zyx, class_values), margin=margin)
-                # The support is kept beside its part, so that its id cannot be taken over by another.
-                self._parts[key] = (support, None if box is None else close_up(support, box, backend))
-            part = self._parts[key][1]
-            if part is not None:
-                near.append(part)
-        return near
-
     def _forget(self) -> None:
         self._whole = Views(self._options.transfer_options())
         self._by_margin: dict[float, Views] = {}
-        self._parts: dict[tuple[int, float], tuple[Support, Support | None]] = {}
+        self._parts = CloseUps()
+
+
+def _where(members: Sequence[Member], supports: Sequence[Support], class_values: tuple[int, ...]) -> np.ndarray:
+    """Return where a first transfer has found the classes, bool."""
+    single = single_component_classes([support.label_zyx for support in supports], class_values)
+    found = fuse(members, class_values, FusionOptions(single_component_classes=single))
+    shown = [set(np.unique(support.label_zyx).tolist()) & set(class_values) for support in supports]
+    always = set(class_values).intersection(*(values for values in shown if values))
+    return labelled_part(found.label_zyx, found.prob_czyx, class_values, expected=always)

@@ -17,10 +17,6 @@ from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.sam2.protocol import Sam2Backend
 from nnunet_sam2.support.cases import Query, Support
 
-MOST_OF_A_SLICE = 0.9
-"""Part of a slice's area from which on a box shows nothing that the whole slice does not."""
-
-
 _CRUMB = 0.02
 """Part of a class's largest piece below which a piece does not open the box."""
 
@@ -114,3 +110,37 @@ def put_back(member: Member, box: Box, query: Query) -> Member:
     inside_zyx = member.background_zyx
     background_zyx[box.part] = 1.0 - member.prob_kzyx.max(axis=0) if inside_zyx is None else inside_zyx
     return replace(member, prob_kzyx=prob_kzyx, background_zyx=background_zyx)
+
+
+class CloseUps:
+    """Offer supports as what their labels fill, the same objects every time, so that their memory is built once."""
+
+    def __init__(self) -> None:
+        # A support is kept beside its part, so that its id cannot be taken over by another.
+        self._parts: dict[tuple[int, float], tuple[Support, Support]] = {}
+
+    def of(
+        self,
+        supports: Sequence[Support],
+        class_values: tuple[int, ...],
+        backend: Sam2Backend,
+        *,
+        margin: float,
+        largest: float,
+    ) -> list[Support]:
+        """Return the close-ups of the supports that show a class; none where they would hardly be nearer.
+
+        That is where the boxes' median share of the slice's area is above ``largest``.
+        """
+        boxes = [box_around(np.isin(support.label_zyx, class_values), margin=margin) for support in supports]
+        shown = [(support, box) for support, box in zip(supports, boxes, strict=True) if box is not None]
+        shares = [box.share_of_slice(s.geometry.shape_zyx, s.frames.slice_axis) for s, box in shown]
+        if not shares or float(np.median(shares)) > largest:
+            return []
+        near = []
+        for support, box in shown:
+            key = (id(support), margin)
+            if key not in self._parts:
+                self._parts[key] = (support, close_up(support, box, backend))
+            near.append(self._parts[key][1])
+        return near
