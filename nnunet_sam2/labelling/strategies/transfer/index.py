@@ -19,7 +19,7 @@ _ENTRIES_PER_LIST = 64
 
 _LEAST_PROBED = 16
 _PROBED_SHARE = 1 / 12
-"""Part of the lists that a search reads: with it 95 of 100 neighbours are the exact ones; see the tests."""
+"""Part of the lists that a search reads: with it more than 9 of 10 neighbours are the exact ones; see the tests."""
 
 
 def require_faiss() -> Any:
