@@ -73,9 +73,9 @@ def fuse(members: Iterable[Member], class_values: tuple[int, ...], options: Fusi
 
     The mean probability over members, the 3D component filter and the binary entropy are those of SSL-MedSAM2 (arXiv
     2512.11548), with every class at once. Where no member has a background of its own, the background is 1 - max over
-    the classes of the mean, so that a class wins only above a half, as in that work. Members with weights count for each
-    class by those, and for the background by their mean. Raises `ValueError` where there is no member, or none with a
-    weight for a class.
+    the classes of the mean, so that a class wins only above a half, as in that work. Members with weights count for
+    each class by those, and for the background by their mean. Raises `ValueError` where there is no member, or none
+    with a weight for a class.
     """
     options = options or FusionOptions()
     sums = _add_up(members, class_values)

@@ -21,7 +21,7 @@ from nnunet_sam2.labelling.quality.options import QualityOptions
 COLUMNS = ("reverse_least", "reverse_best", "agreement", "inside", "stability", "smoothness", "members", "sam_iou")
 
 _PRIOR_SHARES = {"sam_iou": 0.25, "stability": 0.25}
-"""Shares of the prior slope, 1 where not named: on real images SAM's own IoU and the label's stability said the least."""
+"""Shares of the prior slope, 1 where not named: on real images SAM's own IoU and the label's stability said least."""
 
 _PRIOR_INTERCEPT = 0.2
 """How far, in logits, the Dice lies above its features, whose cells are coarser than voxels; seen on real images."""
@@ -64,9 +64,9 @@ class Calibration:
 
     ``logit(Dice) = level + level of the class + sum of slopes x logit(feature)``, by least squares with a pull to equal
     slopes that sum to one and with slopes that are never negative, so that no feature can come to speak against what
-    it stands for. A part of each feature (0.15) is its mean over the case's classes: what went wrong with one class of a
-    case went wrong with others. With fewer than two labelled cases the pull is all there is; estimates then say
-    that they are not calibrated.
+    it stands for. A part of each feature (0.15) is its mean over the case's classes: what went wrong with one class of
+    a case went wrong with others. With fewer than two labelled cases the pull is all there is; estimates then say that
+    they are not calibrated.
 
     Lower bounds are jackknife+ (Barber et al., Annals of Statistics 2021), one-sided, for each class from its own
     residuals: every labelled case is predicted by a model without it. They hold for a new case that is drawn like the

@@ -12,8 +12,15 @@ import numpy as np
 from nnunet_sam2.frames import view_axes
 from nnunet_sam2.labelling.components import single_component_classes
 from nnunet_sam2.labelling.fusion import FusionOptions, fuse
+from nnunet_sam2.labelling.leave_one_out import dice_by_class
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.strategies.auto.intensity import contrast_like
+from nnunet_sam2.labelling.strategies.auto.subject import (
+    may_be_subject,
+    subject_dice,
+    subject_member,
+    transfer_went_astray,
+)
 from nnunet_sam2.labelling.strategies.auto.views import Views
 from nnunet_sam2.labelling.strategies.auto.zoom import CloseUps, box_around, close_up, labelled_part, put_back
 from nnunet_sam2.labelling.strategies.transfer.strategy import TransferOptions
@@ -38,6 +45,9 @@ class AutoOptions:
     """``on``: labels are transferred between close-ups of the part that the labels fill; ``off``: on whole slices."""
     intensities: str = "checked"
     """``checked``: a query whose intensities are foreign to the supports is matched to them; ``as they are``: never."""
+    subject: str = "checked"
+    """``checked``: in single pictures of one class, the subject parted from the background by its intensity stands in
+    for a transfer that contradicts it, where human labels are the subject; ``off``: never."""
     decoder: str = "checked"
     """As in `TransferOptions`."""
     check_slices: int = 24
@@ -50,6 +60,8 @@ class AutoOptions:
             raise ValueError(f"zoom={self.zoom}: choose on or off")
         if self.intensities not in ("checked", "as they are"):
             raise ValueError(f"intensities={self.intensities}: choose checked or as they are")
+        if self.subject not in ("checked", "off"):
+            raise ValueError(f"subject={self.subject}: choose checked or off")
         self.transfer_options()
 
     def transfer_options(self) -> TransferOptions:
@@ -65,7 +77,8 @@ class Auto:
     cell of the embedding wide are several wide now, and places correspond whatever lies around. Isotropic volumes are
     labelled along all three axes; anisotropic ones and pictures along one, but at two margins. Where the first
     transfer finds nothing, or the labels fill the slices anyway, whole slices are taken. A query of another contrast
-    than the supports' is brought to theirs before (`contrast_like`). Needs no video memory.
+    than the supports' is brought to theirs before (`contrast_like`). Close-ups that do worse than whole slices on
+    labelled cases, each left out in turn, are left out. Needs no video memory.
     """
 
     name: ClassVar[str] = "auto"
@@ -73,6 +86,7 @@ class Auto:
 
     def __init__(self, options: AutoOptions | None = None) -> None:
         self._options = options or AutoOptions()
+        self._subject_dice: dict[str, float] = {}
         self._forget()
 
     @property
@@ -85,6 +99,9 @@ class Auto:
     ) -> dict[str, Any]:
         """Choose each view's recipe and decoder on labelled cases, each left out in turn; see `Prepares`."""
         self._forget()
+        wanted = self._options.subject == "checked"
+        if wanted and all(may_be_subject(support, class_values) for support in supports):
+            self._subject_dice = subject_dice(supports, class_values[0])
         axes = sorted({axis for support in supports for axis in self._axes(support)})
         own = sorted({support.frames.slice_axis for support in supports})
         near = self._close_ups(supports, axes, class_values, backend)
@@ -92,6 +109,8 @@ class Auto:
         for margin, parts in near.items():
             found = self._near(margin).prepare(parts, class_values, backend, axes=axes)
             record |= {f"{name}, margin {margin:g}": entry for name, entry in found.items()}
+        if self._subject_dice:
+            record["subject"] = {case_id: round(dice, 4) for case_id, dice in self._subject_dice.items()}
         return record
 
     def members(
@@ -106,8 +125,26 @@ class Auto:
         contrast: dict[str, Any] = {}
         if self._options.intensities == "checked" and supports:
             query, contrast = contrast_like(query, supports, class_values, backend)
-        for member in self._looks(query, supports, class_values, backend, rng):
+        looks = self._looks(query, supports, class_values, backend, rng)
+        for member in self._checked_by_subject(looks, query, class_values):
             yield replace(member, record={**member.record, "intensities": contrast})
+
+    def _checked_by_subject(
+        self, looks: Iterator[Member], query: Query, class_values: tuple[int, ...]
+    ) -> Iterator[Member]:
+        """Yield the members, or a single picture's subject in their place where they went astray."""
+        if not self._subject_dice or not may_be_subject(query, class_values):
+            yield from looks
+            return
+        members, subject = list(looks), subject_member(query)
+        label_zyx = fuse(iter(members), class_values).label_zyx
+        subject_zyx = np.where(subject.prob_kzyx[0] > 0.5, class_values[0], 0)
+        agreement = dice_by_class(label_zyx, subject_zyx, class_values)[class_values[0]] or 0.0
+        if transfer_went_astray(agreement, self._subject_dice, without=query.case_id):
+            record = {**subject.record, "agreement_with_transfer": round(agreement, 4)}
+            yield replace(subject, name=f"{self.name}:subject", record=record)
+        else:
+            yield from members
 
     def _looks(
         self,
@@ -118,7 +155,11 @@ class Auto:
         rng: np.random.Generator,
     ) -> Iterator[Member]:
         axes, given = self._axes(query), (supports, class_values, backend, rng)
-        near = self._close_ups(supports, axes, class_values, backend)
+        near = {
+            margin: parts
+            for margin, parts in self._close_ups(supports, axes, class_values, backend).items()
+            if self._helps(margin, axes[0], class_values, without=query.case_id)
+        }
         first = list(self._whole.members(query, *given, axes=axes[:1]))
         where_zyx = _where(first, supports, class_values) if near else None
         boxes = {} if where_zyx is None else {margin: box_around(where_zyx, margin=margin) for margin in near}
@@ -155,11 +196,18 @@ class Auto:
         }
         return {margin: parts for margin, parts in near.items() if parts}
 
+    def _helps(self, margin: float, axis: int, class_values: tuple[int, ...], *, without: str) -> bool:
+        """Say whether close-ups did no worse than whole slices on the labelled cases; yes where nothing was checked."""
+        whole = self._whole.checked_dice(class_values, axis=axis, without=without)
+        near = self._near(margin).checked_dice(class_values, axis=axis, without=without)
+        return whole is None or near is None or near >= whole
+
     def _near(self, margin: float) -> Views:
         return self._by_margin.setdefault(margin, Views(self._options.transfer_options()))
 
     def _forget(self) -> None:
         self._whole = Views(self._options.transfer_options())
+        self._subject_dice = {}
         self._by_margin: dict[float, Views] = {}
         self._parts = CloseUps()
 

@@ -55,6 +55,11 @@ class Views:
             for member in self._transfer(axis).members(_along(query, axis, backend), seen, class_values, backend, rng):
                 yield replace(member, name=f"axis {axis}", record={"view": axis, **member.record})
 
+    def checked_dice(self, class_values: tuple[int, ...], *, axis: int, without: str | None = None) -> float | None:
+        """Return the mean Dice over classes and checked cases along an axis; None where nothing was checked."""
+        known = [d for d in self._transfer(axis).checked_dice(class_values, without=without).values() if d is not None]
+        return float(np.mean(known)) if known else None
+
     def _transfer(self, axis: int) -> Transfer:
         return self._transfers.setdefault(axis, Transfer(self._options))
 

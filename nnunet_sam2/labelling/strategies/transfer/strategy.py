@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.labelling.leave_one_out import DiceTable, best_choices
+from nnunet_sam2.labelling.leave_one_out import DiceTable, best_choices, mean_dice
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.option_checks import at_least
 from nnunet_sam2.labelling.prompting.decoding import PromptKinds, decode_map, put_in
@@ -186,6 +186,18 @@ class Transfer:
                 "prompts": asdict(_KINDS) if any(shares.values()) else None,
             },
         )
+
+    def checked_dice(self, class_values: tuple[int, ...], *, without: str | None = None) -> DiceTable:
+        """Return the mean Dice of what was chosen on the checked cases, for each class; None where nothing was checked.
+
+        ``without`` leaves a case's own out. Choices were made on the same slices, so it is a little too high.
+        """
+        rows = self._decoder_rows
+        choices = best_choices(rows, class_values, default="map", without=without)
+        return {
+            value: mean_dice([row[choices[value]] for case, row in rows.items() if case != without], [value])[value]
+            for value in class_values
+        }
 
     def _maps(
         self,
