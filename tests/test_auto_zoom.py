@@ -14,7 +14,9 @@ from nnunet_sam2.labelling.fusion import fuse
 from nnunet_sam2.labelling.leave_one_out import dice_by_class
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.strategies.auto.strategy import ONE_VIEW, Auto, AutoOptions
+from nnunet_sam2.labelling.strategies.auto.views import Views
 from nnunet_sam2.labelling.strategies.auto.zoom import Box, box_around, close_up, labelled_part, put_back
+from nnunet_sam2.labelling.strategies.transfer.strategy import Transfer, TransferOptions
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.support.cases import Support
 from nnunet_sam2.volumes import Volume
@@ -124,3 +126,31 @@ def test_labels_that_fill_the_slices_are_not_looked_at_twice(cases: list[Support
     filled = [dataclasses.replace(case, label_zyx=np.ones_like(case.label_zyx)) for case in cases]
     (member,) = _members(Auto(AutoOptions(check_slices=0)), filled[0], filled[1:], backend)
     assert "box_zyx" not in member.record
+
+
+def test_close_ups_that_do_worse_on_labelled_cases_are_left_out(
+    cases: list[Support], backend: MetaSam2Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strategy = Auto(AutoOptions(check_slices=0))
+    for whole, near, looks in ((0.9, 0.8, 1), (0.8, 0.9, len(ONE_VIEW)), (None, None, len(ONE_VIEW))):
+        values = {True: whole, False: near}
+        monkeypatch.setattr(Views, "checked_dice", lambda views, *_, v=values, **__: v[views is strategy._whole])
+        members = _members(strategy, cases[0], cases[1:], backend)
+        assert len(members) == looks
+        assert ("box_zyx" in members[0].record) == (looks > 1)
+
+
+@pytest.mark.parametrize("decoder", ["checked", "off"])
+def test_what_was_chosen_has_a_checked_dice_without_the_querys_own(
+    cases: list[Support], backend: MetaSam2Backend, decoder: str
+) -> None:
+    boxes = [box_around(case.label_zyx > 0, margin=0.25) for case in cases]
+    near = [close_up(case, box, backend) for case, box in zip(cases, boxes, strict=True) if box is not None]
+    strategy = Transfer(TransferOptions(check_slices=9, decoder=decoder))
+    assert strategy.checked_dice((RING,)) == {RING: None}
+    strategy.prepare(near, (RING,), backend)
+    every, without = strategy.checked_dice((RING,))[RING], strategy.checked_dice((RING,), without="case_0")[RING]
+    assert every is not None
+    assert without is not None
+    assert 0.5 < every <= 1
+    assert every != without

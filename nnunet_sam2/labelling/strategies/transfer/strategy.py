@@ -114,6 +114,7 @@ class Transfer:
     def __init__(self, options: TransferOptions | None = None) -> None:
         self._options = options or TransferOptions()
         self._recipe_rows: dict[str, dict[str, DiceTable]] = {}
+        self._checked_default: Recipe | None = None
         self._decoder_rows: dict[str, dict[str, DiceTable]] = {}
         self._memory: tuple[tuple[Any, ...], SupportMemory] | None = None
 
@@ -129,7 +130,7 @@ class Transfer:
 
         With one support nothing can be checked: the defaults are taken, and the decoder is not used.
         """
-        self._recipe_rows, self._decoder_rows = {}, {}
+        self._recipe_rows, self._decoder_rows, self._checked_default = {}, {}, None
         if self._options.check_slices and len(supports) > 1:
             memory = self._memory_of(supports, class_values)
             chosen = np.linspace(0, len(supports) - 1, min(_CHECKED_CASES, len(supports))).round().astype(int)
@@ -141,6 +142,7 @@ class Transfer:
                     self._recipe_rows[support.case_id] = self._check_recipes(
                         s, support, memory, class_values, recipes, len(checked)
                     )
+                self._checked_default = default
             if self._options.decoder == "checked":
                 chosen_recipes = self._recipes(supports[0], class_values)
                 for s, support in track(checked, what="checking the decoder", total=len(checked)):
@@ -192,12 +194,19 @@ class Transfer:
 
         ``without`` leaves a case's own out. Choices were made on the same slices, so it is a little too high.
         """
-        rows = self._decoder_rows
+        rows = self._decoder_rows or self._rows_of_recipe(class_values, without)
         choices = best_choices(rows, class_values, default="map", without=without)
         return {
             value: mean_dice([row[choices[value]] for case, row in rows.items() if case != without], [value])[value]
             for value in class_values
         }
+
+    def _rows_of_recipe(self, class_values: tuple[int, ...], without: str | None) -> dict[str, dict[str, DiceTable]]:
+        if self._checked_default is None:
+            return {}
+        candidates = candidate_recipes(self._options.fixed, self._checked_default)
+        best, *_ = choose_recipes(self._recipe_rows, candidates, self._checked_default, class_values, without=without)
+        return {case_id: {"map": row[best.name]} for case_id, row in self._recipe_rows.items()}
 
     def _maps(
         self,
