@@ -18,7 +18,7 @@ from typing import Any
 SLICES = (250, 500, 1000)
 SUPPORT_SLICES = 40
 SIDE = 256
-STRATEGIES = ("walk", "insert", "auto")
+STRATEGIES = ("walk", "insert", "transfer")
 """``walk``: one object through the volume with answers thrown away; the others label it and fuse."""
 
 

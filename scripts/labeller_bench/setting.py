@@ -22,6 +22,7 @@ from nnunet_sam2.sam2.protocol import Sam2Spec
 from nnunet_sam2.support.cases import Query, Support
 
 SEED = 1
+SUPPORTS, QUERIES = 3, 4
 MODELS = ("embedded", "hiera_tiny")
 SIZE = 256
 TITLES = {"embedded": "embedded", "hiera_tiny": "Hiera-tiny (untrained)"}
@@ -74,14 +75,22 @@ class Scene:
     classes: tuple[int, ...]
 
 
-def load_scene(dataset: str, backend: MetaSam2Backend, *, supports: int = 3, query: int = 0) -> Scene:
-    """Read and encode one query of a set's draw and the supports of that draw."""
+def load_supports(dataset: str, backend: MetaSam2Backend) -> list[Support]:
+    """Read and encode the supports of a set's draw."""
+    names, _ = draw_cases(SETS[dataset], SUPPORTS, QUERIES, SEED)
+    return [load_case(SETS[dataset], name, backend) for name in names]
+
+
+def load_scene(
+    dataset: str, backend: MetaSam2Backend, *, query: int = 0, supports: list[Support] | None = None
+) -> Scene:
+    """Read and encode one query of a set's draw, and the supports where they are not given."""
     bench = SETS[dataset]
-    support_names, query_names = draw_cases(bench, supports, query + 1, SEED)
+    support_names, query_names = draw_cases(bench, SUPPORTS, query + 1, SEED)
     case = load_case(bench, query_names[query], backend)
     return Scene(
         query=case.as_query(),
-        supports=[load_case(bench, name, backend) for name in support_names],
+        supports=[load_case(bench, name, backend) for name in support_names] if supports is None else supports,
         truth_zyx=case.label_zyx,
         classes=tuple(sorted({value for values in bench.scored.values() for value in values})),
     )
