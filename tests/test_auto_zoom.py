@@ -13,6 +13,7 @@ from nnunet_sam2.labelling.explain.members import explain_member
 from nnunet_sam2.labelling.fusion import fuse
 from nnunet_sam2.labelling.leave_one_out import dice_by_class
 from nnunet_sam2.labelling.member import Member
+from nnunet_sam2.labelling.strategies.auto import strategy as auto_module
 from nnunet_sam2.labelling.strategies.auto.strategy import ONE_VIEW, Auto, AutoOptions
 from nnunet_sam2.labelling.strategies.auto.views import Views
 from nnunet_sam2.labelling.strategies.auto.zoom import Box, box_around, close_up, labelled_part, put_back
@@ -154,3 +155,15 @@ def test_what_was_chosen_has_a_checked_dice_without_the_querys_own(
     assert without is not None
     assert 0.5 < every <= 1
     assert every != without
+
+
+def test_close_ups_that_are_little_nearer_share_the_vote_with_the_first_look(
+    cases: list[Support], backend: MetaSam2Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert all("box_zyx" in m.record for m in _members(Auto(AutoOptions(check_slices=0)), cases[0], cases[1:], backend))
+    monkeypatch.setattr(auto_module, "LITTLE_NEARER", 0.01)
+    *near, first = _members(Auto(AutoOptions(check_slices=0)), cases[0], cases[1:], backend)
+    assert len(near) == len(ONE_VIEW)
+    assert "box_zyx" not in first.record
+    assert first.weight_k is not None
+    assert first.weight_k.tolist() == [float(len(near))]

@@ -34,6 +34,10 @@ LARGEST_OF_ONE_VIEW, LARGEST_OF_SEVERAL = 0.9, 0.5
 """Part of a slice's area from which on a close-up is no use: with several views, a border that is blurred in one is
 sharp in another anyway, and what surrounds the labels says more than a little magnification."""
 
+LITTLE_NEARER = 0.5
+"""Part of a slice's area above which the first look counts as much as all close-ups together: they gain less there, and
+where box and subject do not fit they lose more."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AutoOptions:
@@ -163,17 +167,22 @@ class Auto:
         first = list(self._whole.members(query, *given, axes=axes[:1]))
         where_zyx = _where(first, supports, class_values) if near else None
         boxes = {} if where_zyx is None else {margin: box_around(where_zyx, margin=margin) for margin in near}
-        found = False
+        shares = []
         for margin, box in boxes.items():
-            if box is None or box.share_of_slice(query.geometry.shape_zyx, axes[0]) > LARGEST_OF_ONE_VIEW:
+            share = 1.0 if box is None else box.share_of_slice(query.geometry.shape_zyx, axes[0])
+            if box is None or share > LARGEST_OF_ONE_VIEW:
                 continue
-            found = True
+            shares.append(share)
             part = close_up(query, box, backend)
             for member in self._near(margin).members(part, near[margin], class_values, backend, rng, axes=axes):
                 record = {"margin": margin, "box_zyx": [list(box.start_zyx), list(box.stop_zyx)], **member.record}
                 name = f"{self.name}:{member.name}, margin {margin:g}"
                 yield put_back(replace(member, name=name, record=record), box, query)
-        if not found:
+        if shares and min(shares) > LITTLE_NEARER:
+            for member in first:
+                weight_k = np.full(len(class_values), float(len(shares)))
+                yield replace(member, name=f"{self.name}:{member.name}", weight_k=weight_k)
+        if not shares:
             others = self._whole.members(query, *given, axes=axes[1:])
             for member in chain(first, others):
                 yield replace(member, name=f"{self.name}:{member.name}")
