@@ -57,7 +57,7 @@ def main() -> None:
             for size, sets in _sets_by_size(checkpoint, args.sets, args.image_size):
                 _Bench(checkpoint, size, sets, results, args).run(end)
     if args.output == RESULTS:
-        write_tables(results.read(), PAGE)
+        write_tables(results.read(), PAGE, PROJECT / "README.md")
 
 
 def _arguments() -> argparse.Namespace:

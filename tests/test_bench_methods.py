@@ -14,11 +14,11 @@ from methods_bench.plan import CALIBRATED, planned
 from methods_bench.scores import bound_coverage, organ_slice_dice, pooled_coverage, rank_correlation
 from methods_bench.store import Results, is_done, slim
 from methods_bench.summary import paired, summarised
-from methods_bench.tables import best_other, tables, write_tables
+from methods_bench.tables import IN_THE_BOX, best_other, tables, write_tables
 from methods_bench.tasks import FEW_SHOT, case_names, set_of
 from methods_bench.variants import COPIES, all_variants
 
-MODEL = "model, 256 px"
+MODEL = IN_THE_BOX
 
 
 def _case(dice: float, *, estimate: float | None = None, part: str = "breast") -> dict[str, Any]:
@@ -189,7 +189,11 @@ def test_the_tables_say_where_auto_is_behind(tmp_path: Path):
     results.put("ddsm_tissue/1/seed 0", f"{MODEL}: auto", _entry({"case0": 0.7}))
     results.put("ddsm_tissue/1/seed 0", f"{MODEL}: transfer", _entry({"case0": 0.705}))
     results.put_encoding(MODEL, {"wall_a_slice": 0.5})
-    write_tables(results.read(), page)
+    readme = tmp_path / "readme.md"
+    readme.write_text("<!-- labels: written by x -->\nstale\n<!-- labels: end -->\n")
+    write_tables(results.read(), page, readme)
+    assert "| real images | 1 labelled | a copy | 3 labelled | a copy |" in readme.read_text()
+    assert "| ddsm_tissue | **0.700** |  | **0.825** | 0.500 |" in readme.read_text()
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("<!-- methods: end -->\nafter\n")

@@ -16,14 +16,38 @@ from methods_bench.variants import COPIES
 NEAR = 0.01
 """How far behind the best `auto` may stand."""
 JUDGED = "auto"
+IN_THE_BOX = "embedded, 256 px"
 _FORETOLD = ("auto", "transfer")
 
 Cells = Mapping[str, Mapping[str, Any]]
 
 
-def write_tables(results: Mapping[str, Any], page: Path) -> None:
-    """Replace the page's marked part."""
+def write_tables(results: Mapping[str, Any], page: Path, readme: Path) -> None:
+    """Replace the marked parts of the page and of the README."""
     replace_marked(page, "methods", tables(results) or "Not run yet.")
+    replace_marked(readme, "labels", readme_table(results, IN_THE_BOX) or "Not run yet.")
+
+
+def readme_table(results: Mapping[str, Any], checkpoint: str, seed: str = "seed 0") -> str:
+    """Return what `auto` makes of few labelled cases beside the better copy, set by set, for the README."""
+    cells: Cells = results["cells"]
+    counts = sorted({row.split("/")[1] for row in cells if row.split("/")[0] != FEW_SHOT}, key=int)
+    rows = []
+    for name in sorted({row.split("/")[0] for row in cells} - {FEW_SHOT}):
+        line = [name]
+        for count in counts:
+            tasks = cells.get(f"{name}/{count}/{seed}", {})
+            copies = [tasks[copy]["mean"] for copy in COPIES if copy in tasks]
+            mine = tasks.get(f"{checkpoint}: {JUDGED}", {}).get("mean")
+            line += ["" if mine is None else f"**{mine:.3f}**", number(max(copies, default=None))]
+        if any(line[1::2]):
+            rows.append(line)
+    if not rows:
+        return ""
+    header = ["real images"]
+    for count in counts:
+        header += [f"{count} labelled", "a copy"]
+    return table(header, rows)
 
 
 def tables(results: Mapping[str, Any]) -> str:
