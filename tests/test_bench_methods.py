@@ -205,7 +205,8 @@ def test_the_tables_say_where_auto_is_behind(tmp_path: Path):
     assert f"| {MODEL}: insert, paper" not in text
     assert f"Refused by {MODEL}: insert, paper: one slice." in text
     # All bounds lie below the true Dice here, and ranks agree; with three labelled cases 0.75 can be promised.
-    assert f"| {MODEL} | ddsm_tissue | 3 | auto | yes | 6 | 1.00 | 0.050 | 6 of 6 | 0.75 | 1 of 1 |" in text
+    assert f"| {MODEL} | ddsm_tissue | auto | 3 | yes | 6 | 1.00 | 0.050 | 6 of 6 | 0.75 | 1 of 1 |" in text
+    assert f"| {MODEL} | ddsm_tissue | auto | all |  | 7 | 1.00 | 0.050 |  |  |  |" in text
     # One second and three slices at half a second each.
     assert f"| ddsm_tissue | 3 | {MODEL}: auto | 1.00 | 0.50 | 2.50 | 2.0 | 3 | 5 | 7 | 0 | 0.07 | 4.0 |" in text
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from marked_table import replace_marked
 
+from methods_bench.cells import Cells, checkpoints_of, number, rows_of, table
+from methods_bench.foretold_table import foretold_table
 from methods_bench.published import published_table
 from methods_bench.summary import paired
 from methods_bench.tasks import FEW_SHOT, set_of
@@ -17,9 +19,6 @@ NEAR = 0.01
 """How far behind the best `auto` may stand."""
 JUDGED = "auto"
 IN_THE_BOX = "embedded, 256 px"
-_FORETOLD = ("auto", "transfer")
-
-Cells = Mapping[str, Mapping[str, Any]]
 
 
 def write_tables(results: Mapping[str, Any], page: Path, readme: Path) -> None:
@@ -58,31 +57,8 @@ def tables(results: Mapping[str, Any]) -> str:
     sets = list(dict.fromkeys(row.split("/")[0] for row in cells))
     plain = [name for name in sets if name != FEW_SHOT]
     parts = [_summary(cells), *(_set_table(cells, name) for name in plain)]
-    parts += [_few_shot(cells), _quality(cells), _costs(cells, results["encoding"]), published_table(cells)]
+    parts += [_few_shot(cells), foretold_table(cells), _costs(cells, results["encoding"]), published_table(cells)]
     return "\n\n".join(part for part in parts if part)
-
-
-def checkpoints_of(cells: Cells) -> list[str]:
-    """Name the checkpoints that there are results of."""
-    return sorted({task.rpartition(": ")[0] for tasks in cells.values() for task in tasks} - {""})
-
-
-def rows_of(cells: Cells, set_name: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Yield seed, number of supports and entries of a set's rows, in order."""
-    found = [(row.split("/"), tasks) for row, tasks in cells.items() if row.split("/")[0] == set_name]
-    for (_, supports, seed), tasks in sorted(found, key=lambda f: (f[0][2], int(f[0][1]))):
-        yield seed, supports, tasks
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines)
-
-
-def number(value: float | None, decimals: int = 3) -> str:
-    """Write a number; nothing where it is unknown."""
-    return "" if value is None else f"{value:.{decimals}f}"
 
 
 def best_other(set_name: str, tasks: Mapping[str, Any], checkpoint: str) -> tuple[str, float, float, int] | None:
@@ -198,41 +174,6 @@ def _few_shot(cells: Cells) -> str:
             rows[-1] += [number(entry["organ_slices_classes"][part]) for part in bench.scored]
         parts.append("\n".join([f"### {FEW_SHOT}: one support, {seed}", "", table(header, rows)]))
     return "\n\n".join(parts)
-
-
-def _quality(cells: Cells) -> str:
-    rows = []
-    for checkpoint in checkpoints_of(cells):
-        for set_name in dict.fromkeys(row.split("/")[0] for row in cells):
-            for _, supports, tasks in rows_of(cells, set_name):
-                for variant in _FORETOLD:
-                    foretold = tasks.get(f"{checkpoint}: {variant}", {}).get("foretold")
-                    if not foretold or not foretold["pairs"]:
-                        continue
-                    checked = foretold["coverage"]
-                    held = promised = kept = ""
-                    if checked:
-                        held = f"{checked['held']} of {checked['count']}"
-                        promised = f"{checked['target']:.2f}"
-                        kept = f"{checked['classes_kept']} of {checked['classes']}"
-                    rows.append(
-                        [
-                            checkpoint,
-                            set_name,
-                            supports,
-                            variant,
-                            "yes" if foretold["calibrated"] else "no",
-                            str(foretold["pairs"]),
-                            number(foretold["spearman"], 2),
-                            number(foretold["error"]),
-                            held,
-                            promised,
-                            kept,
-                        ]
-                    )
-    header = ["checkpoint", "set", "supports", "labels of", "calibrated", "pairs", "Spearman", "mean error"]
-    header += ["bounds held", "promised", "classes that kept it"]
-    return "\n".join(["### Estimated against true Dice", "", table(header, rows)]) if rows else ""
 
 
 def _costs(cells: Cells, encoding: Mapping[str, Any]) -> str:
