@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.geometry import Geometry
+from nnunet_sam2.geometry import Geometry, choose_slice_axis
+from nnunet_sam2.planes import intensity_window, overlap_matrix, resize
 
 if TYPE_CHECKING:
     import torch
 
     from nnunet_sam2.volumes import Volume
-
-ANISOTROPY_THRESHOLD = 1.5
-"""How many times the next largest spacing an axis must have to be taken for the slice axis."""
 
 MASK_THRESHOLD = 0.5
 """Covered part of a model pixel from which on it belongs to a resized mask."""
@@ -274,62 +272,6 @@ class Frames:
         if high <= low:
             return np.zeros_like(plane)
         return np.asarray((np.clip(plane, low, high) - low) / np.float32(high - low), dtype=np.float32)
-
-
-def choose_slice_axis(geometry: Geometry) -> int:
-    """Return the array axis (z, y, x) whose spacing is clearly the largest, else 0; a single slice is axis 0."""
-    if geometry.shape_zyx[0] == 1:
-        return 0
-    spacing = geometry.spacing_zyx_mm
-    largest = int(np.argmax(spacing))
-    others = max(s for axis, s in enumerate(spacing) if axis != largest)
-    return largest if spacing[largest] > ANISOTROPY_THRESHOLD * others else 0
-
-
-def view_axes(geometry: Geometry, slice_axis: int, *, least_slices: int = 16) -> tuple[int, ...]:
-    """Return the axes along which a volume's slices show it about as finely as along ``slice_axis``, that one first.
-
-    Across a clearly larger spacing slices are stretched and say little; a thin slab has too few.
-    """
-    spacing, shape = geometry.spacing_zyx_mm, geometry.shape_zyx
-    if min(shape) < least_slices or max(spacing) > ANISOTROPY_THRESHOLD * min(spacing):
-        return (slice_axis,)
-    return (slice_axis, *(axis for axis in range(3) if axis != slice_axis))
-
-
-def intensity_window(array_zyx: np.ndarray, lower_percentile: float, upper_percentile: float) -> tuple[float, float]:
-    """Return the two percentiles of the voxels above the minimum; the whole range where they coincide."""
-    if not 0 <= lower_percentile < upper_percentile <= 100:
-        raise InputError(f"percentiles {lower_percentile} and {upper_percentile} must rise within 0 to 100")
-    minimum, maximum = float(array_zyx.min()), float(array_zyx.max())
-    if not (np.isfinite(minimum) and np.isfinite(maximum)):
-        raise InputError("the volume holds NaN or infinite voxels; repair the image")
-    above = array_zyx[array_zyx > minimum]
-    if above.size == 0:
-        return minimum, maximum
-    low, high = (float(v) for v in np.percentile(above, (lower_percentile, upper_percentile)))
-    return (low, high) if high > low else (minimum, maximum)
-
-
-def overlap_matrix(length: int, cells: int) -> np.ndarray:
-    """Return (cells, length) weights: the part of each of ``cells`` equal intervals that each pixel covers."""
-    edges = np.arange(cells + 1) * (length / cells)
-    pixels = np.arange(length)
-    covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return np.asarray(np.clip(covered, 0.0, None) * (cells / length), dtype=np.float32)
-
-
-def resize(planes_khw: np.ndarray, shape_hw: tuple[int, int]) -> np.ndarray:
-    """Resize K planes bilinearly to ``shape_hw``, antialiased where they shrink; (K, H, W) float32."""
-    if planes_khw.shape[1:] == shape_hw:
-        return np.asarray(planes_khw, dtype=np.float32)
-    import torch
-    from torch.nn.functional import interpolate
-
-    planes = torch.from_numpy(np.ascontiguousarray(planes_khw, dtype=np.float32))[None]
-    shrinks = shape_hw[0] < planes.shape[2] or shape_hw[1] < planes.shape[3]
-    out = interpolate(planes, size=shape_hw, mode="bilinear", align_corners=False, antialias=shrinks)
-    return np.asarray(out[0].numpy())
 
 
 def _as_float32(plane: np.ndarray | torch.Tensor) -> np.ndarray:

@@ -18,6 +18,9 @@ DIRECTION_TOLERANCE = 1e-3
 
 IDENTITY_DIRECTION = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 
+ANISOTROPY_THRESHOLD = 1.5
+"""How many times the next largest spacing an axis must have to be taken for the slice axis."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
@@ -88,3 +91,24 @@ class Geometry:
 
 def _short(values: tuple[float, ...]) -> str:
     return "(" + ", ".join(f"{v:.6g}" for v in values) + ")"
+
+
+def choose_slice_axis(geometry: Geometry) -> int:
+    """Return the array axis (z, y, x) whose spacing is clearly the largest, else 0; a single slice is axis 0."""
+    if geometry.shape_zyx[0] == 1:
+        return 0
+    spacing = geometry.spacing_zyx_mm
+    largest = int(np.argmax(spacing))
+    others = max(s for axis, s in enumerate(spacing) if axis != largest)
+    return largest if spacing[largest] > ANISOTROPY_THRESHOLD * others else 0
+
+
+def view_axes(geometry: Geometry, slice_axis: int, *, least_slices: int = 16) -> tuple[int, ...]:
+    """Return the axes along which a volume's slices show it about as finely as along ``slice_axis``, that one first.
+
+    Across a clearly larger spacing slices are stretched and say little; a thin slab has too few.
+    """
+    spacing, shape = geometry.spacing_zyx_mm, geometry.shape_zyx
+    if min(shape) < least_slices or max(spacing) > ANISOTROPY_THRESHOLD * min(spacing):
+        return (slice_axis,)
+    return (slice_axis, *(axis for axis in range(3) if axis != slice_axis))

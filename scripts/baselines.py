@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from nnunet_sam2.frames import Frames, resize
+from nnunet_sam2.frames import Frames
+from nnunet_sam2.planes import resize
 from nnunet_sam2.support.cases import Query, Support
 
 SIZE = 128

@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from nnunet_sam2.frames import Frames, view_axes
-from nnunet_sam2.geometry import Geometry
+from nnunet_sam2.frames import Frames
+from nnunet_sam2.geometry import Geometry, view_axes
 from nnunet_sam2.labelling.fusion import fuse
 from nnunet_sam2.labelling.registry import make_strategy
 from nnunet_sam2.labelling.strategies.auto.strategy import Auto, AutoOptions

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nnunet_sam2.frames import Frames, resize
+from nnunet_sam2.frames import Frames
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.labelling.strategies.chain.images import cleaned, ready_image
 from nnunet_sam2.labelling.strategies.chain.video import order_by_appearance, spread_best
+from nnunet_sam2.planes import resize
 
 SIZE = 64
 

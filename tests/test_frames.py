@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.frames import Frames, choose_slice_axis, intensity_window, overlap_matrix
-from nnunet_sam2.geometry import Geometry
+from nnunet_sam2.frames import Frames
+from nnunet_sam2.geometry import Geometry, choose_slice_axis
+from nnunet_sam2.planes import intensity_window, overlap_matrix
 
 
 def make_frames(array_czyx, *, size=64, spacing_xyz_mm=(1.0, 1.0, 1.0), **options):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from nnunet_sam2.frames import resize
 from nnunet_sam2.labelling.leave_one_out import DiceTable
+from nnunet_sam2.planes import resize
 from nnunet_sam2.support.cases import Support
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from nnunet_sam2.cohort.cohort import Case, Cohort, Role
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.frames import Frames, choose_slice_axis
+from nnunet_sam2.frames import Frames
+from nnunet_sam2.geometry import choose_slice_axis
 from nnunet_sam2.progress import track
 from nnunet_sam2.sam2.protocol import Sam2Backend
 from nnunet_sam2.storage import atomic_path

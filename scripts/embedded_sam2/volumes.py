@@ -8,7 +8,7 @@ import numpy as np
 
 from embedded_sam2.anatomy import draw_anatomy, draw_subject, render_labels
 from embedded_sam2.painting import draw_acquisition, draw_contrast, paint, vary_contrast
-from nnunet_sam2.frames import intensity_window, resize
+from nnunet_sam2.planes import intensity_window, resize
 
 LOWER, UPPER = 0.5, 99.5
 """Percentiles of the intensity window, those that real volumes get."""

@@ -14,7 +14,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from nnunet_sam2.frames import Frames, resize
+from nnunet_sam2.frames import Frames
+from nnunet_sam2.planes import resize
 from nnunet_sam2.sam2.backend import IMAGE_MEAN, IMAGE_STD
 from nnunet_sam2.support.cases import Query, Support
 

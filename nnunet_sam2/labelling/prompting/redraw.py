@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from nnunet_sam2.frames import Frames, resize
+from nnunet_sam2.frames import Frames
 from nnunet_sam2.labelling.fusion import normalised
 from nnunet_sam2.labelling.leave_one_out import DiceTable
 from nnunet_sam2.labelling.prompting.decoding import put_in
 from nnunet_sam2.labelling.slice_check import SliceDice
+from nnunet_sam2.planes import resize
 from nnunet_sam2.support.cases import Support
 
 Redraw = Callable[[int, torch.Tensor], Mapping[int, torch.Tensor]]

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nnunet_sam2.frames import MASK_THRESHOLD, resize
+from nnunet_sam2.frames import MASK_THRESHOLD
 from nnunet_sam2.labelling.strategies.transfer.memory import LEAST_JUDGED, slice_descriptors
+from nnunet_sam2.planes import resize
 from nnunet_sam2.support.cases import Support
 
 _KEPT_MASK_BYTES = 2**27

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch.nn.functional import avg_pool2d, interpolate
 
-from nnunet_sam2.frames import overlap_matrix
 from nnunet_sam2.labelling.slice_check import check_slices
 from nnunet_sam2.labelling.strategies.transfer.memory import LEAST_JUDGED, Place, slice_descriptors, slice_features
 from nnunet_sam2.labelling.strategies.transfer.nearest import nearest, vote
+from nnunet_sam2.planes import overlap_matrix
 from nnunet_sam2.sam2.protocol import Embeddings
 from nnunet_sam2.support.cases import Support
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from nnunet_sam2.frames import view_axes
+from nnunet_sam2.geometry import view_axes
 from nnunet_sam2.labelling.components import single_component_classes
 from nnunet_sam2.labelling.fusion import FusionOptions, fuse
 from nnunet_sam2.labelling.leave_one_out import dice_by_class

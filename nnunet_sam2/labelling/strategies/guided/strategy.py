@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.frames import resize
 from nnunet_sam2.labelling.leave_one_out import DiceTable, best_choices
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.option_checks import at_least, one_of, within
@@ -34,6 +33,7 @@ from nnunet_sam2.labelling.strategies.guided.passes import (
     masks_at_model_size,
 )
 from nnunet_sam2.labelling.strategies.transfer.memory import slice_descriptors
+from nnunet_sam2.planes import resize
 from nnunet_sam2.progress import track
 from nnunet_sam2.sam2.lora import require_peft
 from nnunet_sam2.sam2.protocol import Sam2Backend

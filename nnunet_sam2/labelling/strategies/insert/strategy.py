@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.frames import resize
 from nnunet_sam2.labelling.fusion import COMPONENTS, GIVEN, FusionOptions
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.option_checks import at_least, one_of
@@ -22,6 +21,7 @@ from nnunet_sam2.labelling.strategies.insert.plans import LEAST_TO_SWITCH, MODES
 from nnunet_sam2.labelling.strategies.insert.sources import InsertSource, InsertSources
 from nnunet_sam2.labelling.strategies.insert.videos import QUERY, Walk
 from nnunet_sam2.labelling.strategies.transfer.memory import slice_descriptors
+from nnunet_sam2.planes import resize
 from nnunet_sam2.sam2.protocol import Sam2Backend, VideoWalk
 from nnunet_sam2.support.cases import Query, Support
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_sam2.frames import MASK_THRESHOLD, Frames, resize
+from nnunet_sam2.frames import MASK_THRESHOLD, Frames
+from nnunet_sam2.planes import resize
 from nnunet_sam2.sam2.protocol import Embeddings, Sam2Backend
 from nnunet_sam2.support.augment import Augmentation, AugmentOptions, augment_image, augment_masks, draw_augmentation
 from nnunet_sam2.support.cases import Support

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunet_sam2.frames import MASK_THRESHOLD, Frames, resize
+from nnunet_sam2.frames import MASK_THRESHOLD, Frames
 from nnunet_sam2.labelling.components import measured_components, most_confident
 from nnunet_sam2.labelling.prompting.prompts import model_boxes, morph, seed_prompts, seeds, voxel_places
+from nnunet_sam2.planes import resize
 from nnunet_sam2.sam2.protocol import Embeddings, Sam2Backend
 
 LEAST_AREA = 1e-4
