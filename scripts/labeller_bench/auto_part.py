@@ -12,6 +12,7 @@ from labeller_bench.setting import (
     SUPPORTS,
     Clock,
     Scene,
+    class_values,
     dice,
     load_scene,
     load_supports,
@@ -27,8 +28,12 @@ from nnunet_sam2.labelling.strategy import BringsFusion, Prepares
 from nnunet_sam2.sam2.backend import MetaSam2Backend
 from nnunet_sam2.support.cases import Support
 
-DATASETS = ("hippocampus",)
-OURS = ("auto", "transfer")
+DATASETS = ("hippocampus", "acdc")
+OURS: dict[str, tuple[str, dict[str, str]]] = {
+    "auto": ("auto", {}),
+    "auto, views=one": ("auto", {"views": "one"}),
+    "transfer": ("transfer", {}),
+}
 INSERTIONS = 5
 COHORT = 30
 """Cases over which what is done once a cohort is spread."""
@@ -42,7 +47,7 @@ def measure_auto(threads: int, device: str) -> dict[str, Any]:
 
 def _measure(dataset: str, threads: int, device: str) -> dict[str, Any]:
     strategies = {"insert": make_strategy("insert", {"preset": "paper"})}
-    strategies |= {name: make_strategy(name, {}) for name in OURS}
+    strategies |= {name: make_strategy(*wanted) for name, wanted in OURS.items()}
     # Each starts without embeddings and encodes for itself, as a run of its own would.
     backends = {name: make_backend("embedded", threads=threads, device=device) for name in strategies}
     once, cases = ({name: Clock() for name in strategies} for _ in range(2))
@@ -52,7 +57,7 @@ def _measure(dataset: str, threads: int, device: str) -> dict[str, Any]:
         with once[name].running():
             supports[name] = load_supports(dataset, backends[name])
             if isinstance(strategy, Prepares):
-                strategy.prepare(supports[name], (1, 2), backends[name])
+                strategy.prepare(supports[name], class_values(dataset), backends[name])
     for number in range(QUERIES):
         for name, strategy in strategies.items():
             with cases[name].running():

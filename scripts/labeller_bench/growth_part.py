@@ -116,17 +116,18 @@ def _product_rate(rows: int, inner: int, columns: int, dtype: torch.dtype) -> fl
 
 def _rate(operations: int, run: Callable[[], object]) -> float:
     run()
-    best = min(_wall(run) for _ in range(7))
+    best = min(_seconds_of(run) for _ in range(15))
     return operations / best / 1e9
 
 
 def _copy_rate() -> float:
     source = torch.randn(2**24)
     target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / min(_wall(lambda: target.copy_(source)) for _ in range(5)) / 1e9
+    return 2 * source.numel() * 4 / min(_seconds_of(lambda: target.copy_(source)) for _ in range(15)) / 1e9
 
 
-def _wall(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def _seconds_of(run: Callable[[], object]) -> float:
+    """Return processor seconds a thread: other processes of a busy machine do not count."""
+    started = time.process_time()
     run()
-    return time.perf_counter() - started
+    return (time.process_time() - started) / torch.get_num_threads()

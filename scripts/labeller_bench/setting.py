@@ -92,8 +92,13 @@ def load_scene(
         query=case.as_query(),
         supports=[load_case(bench, name, backend) for name in support_names] if supports is None else supports,
         truth_zyx=case.label_zyx,
-        classes=tuple(sorted({value for values in bench.scored.values() for value in values})),
+        classes=class_values(dataset),
     )
+
+
+def class_values(dataset: str) -> tuple[int, ...]:
+    """Return the label values of a set."""
+    return tuple(sorted({value for values in SETS[dataset].scored.values() for value in values}))
 
 
 def made_up_case(case_id: str, slices: int, side: int, backend: MetaSam2Backend) -> tuple[Query, np.ndarray]:
