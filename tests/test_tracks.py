@@ -11,6 +11,7 @@ from test_sam2_backend import lively_model, make_backend, masks, stock_walk
 
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.sam2.protocol import VideoWalk
+from nnunet_sam2.sam2.reduced import with_reduced_memory_encoder
 from nnunet_sam2.sam2.tracks import plan_steps, rounds
 
 BOX, MOVED, OTHER = (8, 8, 40, 30), (10, 8, 42, 30), (36, 36, 60, 60)
@@ -178,3 +179,20 @@ def test_a_frame_is_read_once_for_all_objects_on_it(model, images):
     walks = [VideoWalk(video=video, masks_kss={0: masks(box, OTHER)}) for box in (BOX, MOVED)]
     assert len(list(backend.walk_many(walks))) == 22
     assert Counting.reads == 12
+
+
+def test_a_reduced_memory_encoder_shares_the_models_weights_and_writes_nearly_the_same(model):
+    reduced = with_reduced_memory_encoder(model)
+    assert reduced.memory_encoder.out_proj is model.memory_encoder.out_proj
+    features = torch.randn(16, 2, model.hidden_dim)
+    given = {
+        "current_vision_feats": [features],
+        "feat_sizes": [(4, 4)],
+        "pred_masks_high_res": torch.randn(2, 1, 64, 64),
+        "object_score_logits": torch.ones(2, 1),
+        "is_mask_from_pts": False,
+    }
+    exact, rounded = (m._encode_new_memory(**given)[0] for m in (model, reduced))
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(exact, rounded, rtol=0.02, atol=0.02)
+    assert all(p.dtype == torch.float32 for p in model.parameters())

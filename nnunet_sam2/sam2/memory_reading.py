@@ -95,7 +95,7 @@ class MemoryReader:
         ``frame_b`` says which of the frames each object stands on; every object is in one of ``readers``.
         """
         index_b = torch.tensor(frame_b, device=frames_upc.device)
-        x_upc = frames_upc.float() + self._position_pc
+        x_upc = frames_upc.float().contiguous() + self._position_pc
         first = self._layers[0]
         x_upc = x_upc + first.look_at_itself(x_upc, self._attend)
         query_upc = first.query(x_upc)

@@ -19,6 +19,7 @@ from torch.nn.functional import interpolate
 from nnunet_sam2.sam2.memory_reading import MemoryReader, OwnMemory, Readers, SharedMemory
 from nnunet_sam2.sam2.prompt_memories import Latest, Memory, memory_bytes
 from nnunet_sam2.sam2.protocol import Embeddings, Propagated, VideoWalk
+from nnunet_sam2.sam2.reduced import with_reduced_memory_encoder
 from nnunet_sam2.sam2.tracks import Answer, Root, Step, plan_steps, rounds
 
 Video = Sequence[tuple[Embeddings, int]]
@@ -39,6 +40,7 @@ class VideoWalker:
         self._device = device
         self._dtype = dtype
         self._reader: MemoryReader | None = None
+        self._writer = with_reduced_memory_encoder(model) if dtype == torch.bfloat16 else model
         self._memories: Latest[Memory] = Latest(_MEMORIES_MB, memory_bytes)
         self._shared: Latest[SharedMemory] = Latest(_MEMORIES_MB, lambda shared: shared.bytes)
         self._grid = grid = model.image_size // 16
@@ -303,7 +305,7 @@ class VideoWalker:
     def _encoded(
         self, features: Sequence[torch.Tensor], high_res: torch.Tensor, score: torch.Tensor, *, prompted: bool
     ) -> torch.Tensor:
-        spatial, _ = self._model._encode_new_memory(
+        spatial, _ = self._writer._encode_new_memory(
             current_vision_feats=list(features),
             feat_sizes=self._feature_sizes,
             pred_masks_high_res=high_res,
