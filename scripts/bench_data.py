@@ -26,9 +26,10 @@ class BenchSet:
     n_labelled: int
     n_unlabelled: int
     n_test: int
-    image_size: int
     labels: str
     iterations_per_epoch: int
+    volumes: str = "*"
+    """Which volumes are drawn from, as a pattern of file names: one of each patient."""
 
 
 SETS = {
@@ -42,7 +43,6 @@ SETS = {
             n_labelled=8,
             n_unlabelled=60,
             n_test=40,
-            image_size=256,
             labels="anterior=1,posterior=2",
             iterations_per_epoch=60,
         ),
@@ -54,9 +54,20 @@ SETS = {
             n_labelled=3,
             n_unlabelled=5,
             n_test=4,
-            image_size=512,
             labels="liver=1,right_kidney=2,left_kidney=3,spleen=4",
             iterations_per_epoch=40,
+        ),
+        BenchSet(
+            name="acdc",
+            dataset_id=621,
+            configuration="2d",
+            fold="0",
+            n_labelled=4,
+            n_unlabelled=24,
+            n_test=12,
+            labels="right_ventricle=1,myocardium=2,left_ventricle=3",
+            iterations_per_epoch=40,
+            volumes="*_frame01.*",
         ),
     )
 }
@@ -67,10 +78,12 @@ def cut(bench: BenchSet, seed: int, folder: Path) -> tuple[Path, Path]:
     source = DATA / bench.name
     if not source.is_dir():
         raise SystemExit(f"{source} is missing; set NNUNET_SAM2_DATA to the folder that holds {bench.name}")
-    names = sorted(path.name for path in (source / "images").iterdir())
+    names = sorted(path.name for path in (source / "images").glob(bench.volumes))
     patients = sorted({re.split(r"_(?:ed|es|ED|ES|frame)", name.split(".")[0])[0] for name in names})
     if len(patients) != len(names):
-        raise SystemExit(f"{bench.name} has several volumes a patient; this cut draws single volumes")
+        raise SystemExit(f"{bench.name}: {bench.volumes} matches several volumes of a patient; this cut draws one of each")
+    if len(names) < bench.n_labelled + bench.n_unlabelled + bench.n_test:
+        raise SystemExit(f"{bench.name}: {len(names)} volumes match {bench.volumes}, fewer than the cut asks for")
     order = np.random.default_rng(seed).permutation(len(names))
     n_train = bench.n_labelled + bench.n_unlabelled
     parts = {"train": order[:n_train], "test": order[n_train : n_train + bench.n_test]}

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench_data import HIERA_TINY_IMAGE, PROJECT, SETS, BenchSet, cut
+from bench_data import PROJECT, SETS, BenchSet, cut
 from bench_table import write_table
 from filelock import FileLock
 from scoring import score_model, score_run
@@ -61,9 +61,6 @@ def bench(bench_set: BenchSet, seed: int, work: Path, *, rounds: int, threads: i
     options = RunOptions(
         configuration=bench_set.configuration,
         fold=bench_set.fold,
-        sam2=str(HIERA_TINY_IMAGE),
-        strategy="transfer",
-        image_size=bench_set.image_size,
         profile="cpu",
         round_limit=rounds,
         num_iterations_per_epoch=bench_set.iterations_per_epoch,
@@ -77,6 +74,7 @@ def bench(bench_set: BenchSet, seed: int, work: Path, *, rounds: int, threads: i
     settings = _first_round_settings(folders, options)
     result["all_labels"] = _extra(folders, cohort, options, "bound", settings, out, hidden=True)
     result["set"] = vars(bench_set)
+    result["labeller"] = {"strategy": options.strategy, "sam2": options.sam2}
     result["sam2_labels_seconds"] = _stage_seconds(state)
     result["finished"] = time.strftime("%Y-%m-%d")
     yield result

@@ -42,7 +42,7 @@ def _table(name: str, result: dict[str, Any]) -> str:
         f"### {bench}, seed {seed}",
         "",
         f"{cut['n_labelled']} labelled, {cut['n_unlabelled']} unlabelled, {cut['n_test']} test; `-c "
-        f"{cut['configuration']} -f {cut['fold']} --profile cpu`, SAM 2 at {cut['image_size']} px. Stopped: "
+        f"{cut['configuration']} -f {cut['fold']} --profile cpu`. Stopped: "
         f"{result['stop_reason']}; kept: round {result['best_round']}. {result['finished']}.",
         "",
         "| | scored on | Dice | "
@@ -55,7 +55,7 @@ def _table(name: str, result: dict[str, Any]) -> str:
             if "labelled_only_longer" in result
             else []
         ),
-        _row("SAM 2 labels (`transfer`)", "unlabelled", result["sam2"], classes, result["sam2_labels_seconds"]),
+        _row(f"SAM 2 labels (`{result['labeller']['strategy']}`)", "unlabelled", result["sam2"], classes, result["sam2_labels_seconds"]),
     ]
     for entry in result["rounds"]:
         lines.append(_row(f"round {entry['round']}: labels", "unlabelled", entry["labels"], classes))
