@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from nnunet_sam2.sam2.memory_reading import MemoryReader, OwnMemory, Readers, SharedMemory
+from nnunet_sam2.sam2.memory_reading import MemoryReader, Readers, SharedMemory
 from nnunet_sam2.sam2.prompt_memories import Latest, Memory, memory_bytes
 from nnunet_sam2.sam2.protocol import Embeddings, Propagated, VideoWalk
 from nnunet_sam2.sam2.reduced import with_reduced_memory_encoder
 from nnunet_sam2.sam2.tracks import Answer, Root, Step, plan_steps, rounds
+from nnunet_sam2.sam2.walk_pasts import Pasts, Recent
 
 Video = Sequence[tuple[Embeddings, int]]
 
@@ -50,6 +51,7 @@ class VideoWalker:
             blank = torch.zeros(1, model.hidden_dim, grid, grid, device=device)
             self._position_hwc = model.image_encoder.neck.position_encoding(blank).flatten(2).permute(2, 0, 1)
             self._memory_position = model.memory_encoder.position_encoding(blank)
+        self._pasts = Pasts(model, device, self._memory_position)
         budget = _CPU_BYTES if device.type == "cpu" else _ACCELERATOR_BYTES
         self.batch = max(1, budget // _step_bytes(model))
         """Objects that take a step at once."""
@@ -195,8 +197,8 @@ class VideoWalker:
             answer = (high_res[row, 0].float(), score[row].float().reshape(()), ious[row].float().amax())
             found += [(asked, answer) for asked in step.answers]
             if step.next and spatial is not None:
-                left = _Recent(step.offset, spatial[followed.index(row)].flatten(1).T, pointer[row])
-                state = self._state_after(step, left)
+                left = Recent(step.offset, spatial[followed.index(row)].flatten(1).T, pointer[row])
+                state = self._pasts.after(step, left)
                 for following in step.next:
                     following.state = state
             step.state = None
@@ -219,14 +221,14 @@ class VideoWalker:
 
     def _readers(self, steps: Sequence[Step], memories: Mapping[str, Memory]) -> list[Readers]:
         groups: dict[tuple[Any, ...], list[int]] = {}
-        pasts = [self._past(step, memories) for step in steps]
+        pasts = [self._pasts.read_by(step, memories) for step in steps]
         for row, (step, past) in enumerate(zip(steps, pasts, strict=True)):
             groups.setdefault((step.root.memories, len(past.recent), len(past.pointers)), []).append(row)
         return [
             Readers(
                 rows=rows,
                 shared=self._share(steps[rows[0]].root, memories),
-                own=self._own([pasts[row] for row in rows]),
+                own=self._pasts.stacked([pasts[row] for row in rows]),
             )
             for rows in groups.values()
         ]
@@ -240,67 +242,6 @@ class VideoWalker:
             found = self._reader.share(tokens, position.repeat(len(root.memories), 1))
             self._shared.put(root.memories, found)
         return found
-
-    def _past(self, step: Step, memories: Mapping[str, Memory]) -> _Past:
-        """Say which memories a step reads beside the prompted frames' locations; see ``SAM2Base``."""
-        past: tuple[_Recent, ...] = step.state or ()
-        near = self._model.num_maskmem
-        recent = [left for left in past if left.spatial_pd is not None and step.offset - left.offset < near]
-        pointers = [
-            (step.offset - prompt.offset, memories[prompt.memory][1][0])
-            for prompt in step.root.prompts
-            if prompt.offset <= step.offset
-        ]
-        reach = step.root.pointer_limit - 1
-        pointers += [(step.offset - left.offset, left.pointer_c) for left in past if step.offset - left.offset <= reach]
-        return _Past(step.offset, recent, pointers, reach)
-
-    def _own(self, pasts: Sequence[_Past]) -> OwnMemory | None:
-        """Stack what objects with equally much past remember of their walks."""
-        model = self._model
-        place_pd = self._memory_position[0].flatten(1).T
-        tokens, positions = [], []
-        for past in pasts:
-            own = [left.spatial_pd.float() for left in past.recent if left.spatial_pd is not None]
-            # The nearest frame has the first of the encodings of distance.
-            where = [place_pd + model.maskmem_tpos_enc[past.offset - left.offset - 1, 0] for left in past.recent]
-            if past.pointers:
-                pointers_nc = torch.stack([pointer.float() for _, pointer in past.pointers])
-                own.append(pointers_nc.reshape(-1, model.mem_dim))
-                where.append(self._pointer_positions([distance for distance, _ in past.pointers], past.reach))
-            if not own:
-                return None
-            tokens.append(torch.cat(own))
-            positions.append(torch.cat(where))
-        parts = model.hidden_dim // model.mem_dim
-        return OwnMemory(
-            tokens_bmd=torch.stack(tokens),
-            positions_bmd=torch.stack(positions),
-            pointers=len(pasts[0].pointers) * parts,
-        )
-
-    def _pointer_positions(self, distances: Sequence[int], reach: int) -> torch.Tensor:
-        from sam2.modeling.sam2_utils import get_1d_sine_pe
-
-        model = self._model
-        parts = model.hidden_dim // model.mem_dim
-        if not model.add_tpos_enc_to_obj_ptrs:
-            return torch.zeros(len(distances) * parts, model.mem_dim, device=self._device)
-        width = model.hidden_dim if model.proj_tpos_enc_in_obj_ptrs else model.mem_dim
-        relative = torch.tensor(distances, device=self._device) / reach
-        encoded: torch.Tensor = model.obj_ptr_tpos_proj(get_1d_sine_pe(relative, dim=width))
-        return encoded.float().repeat_interleave(parts, dim=0)
-
-    def _state_after(self, step: Step, left: _Recent) -> tuple[_Recent, ...]:
-        """Return what frames after this one may still read."""
-        reach = max(self._model.num_maskmem, step.root.pointer_limit) - 1
-        kept = []
-        for old in step.state or ():
-            distance = step.offset + 1 - old.offset
-            if distance <= reach:
-                # Of frames farther away the pointer alone is read.
-                kept.append(old if distance < self._model.num_maskmem else old._replace(spatial_pd=None))
-        return (*kept, left)
 
     def _encoded(
         self, features: Sequence[torch.Tensor], high_res: torch.Tensor, score: torch.Tensor, *, prompted: bool
@@ -337,23 +278,6 @@ class VideoWalker:
         for k, found in answers:
             logits[k], score[k], iou[k] = found
         return Propagated(frame=t, logits_kss=logits, object_score_k=score, iou_k=iou)
-
-
-class _Recent(NamedTuple):
-    """Hold what an answered frame leaves behind."""
-
-    offset: int
-    spatial_pd: torch.Tensor | None
-    pointer_c: torch.Tensor
-
-
-class _Past(NamedTuple):
-    """Hold what one step reads of its own walk, pointers with their distance."""
-
-    offset: int
-    recent: list[_Recent]
-    pointers: list[tuple[int, torch.Tensor]]
-    reach: int
 
 
 def _check(video: Video, masks_kss: Mapping[int, np.ndarray], size: int) -> tuple[dict[int, np.ndarray], int]:
