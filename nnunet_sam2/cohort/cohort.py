@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ COHORT_FILE = "cohort.json"
 LABELLED_IMAGES, LABELS = "imagesTr", "labelsTr"
 UNLABELLED_IMAGES, HIDDEN_LABELS = "imagesUn", "labelsHidden"
 TEST_IMAGES, TEST_LABELS = "imagesTs", "labelsTs"
+ADDED_LABELS = "labelsAdded"
+"""Folder of human labels that came after the dataset was made; no file in it is ever changed."""
 IGNORE = "ignore"
 """Name of nnU-Net's ignore label in the label table."""
 
@@ -26,6 +28,38 @@ class Role(str, Enum):
     LABELLED = "labelled"
     UNLABELLED = "unlabelled"
     TEST = "test"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Addition:
+    """Record a human label that came after the dataset was made (``nnunet_sam2 review --import``)."""
+
+    label: str
+    """Its file, relative to the dataset's raw folder; the name carries the hash."""
+    sha256: str
+    """Hash of that file."""
+    time: str
+    """When it came, ISO 8601, UTC."""
+    source: str
+    """Name of the file that was given."""
+    classes: tuple[int, ...] | None = None
+    """The classes that it answers for; None where it answers for every voxel."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the addition as a JSON value."""
+        return {
+            "label": self.label,
+            "sha256": self.sha256,
+            "time": self.time,
+            "source": self.source,
+            "classes": None if self.classes is None else list(self.classes),
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Addition:
+        """Rebuild an addition from `to_json`."""
+        classes = value["classes"]
+        return cls(**{**value, "classes": None if classes is None else tuple(classes)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +75,8 @@ class Case:
     """Label that exists but was hidden to make a benchmark; nothing but evaluation reads it."""
     geometry: Geometry
     voxel_hash: str
+    added: Addition | None = None
+    """The human label that came later; the case was unlabelled before, and plans and validation do not know it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the case as a JSON value."""
@@ -53,6 +89,7 @@ class Case:
             "hidden_label": self.hidden_label,
             "geometry": self.geometry.to_json(),
             "voxel_hash": self.voxel_hash,
+            **({"added": self.added.to_json()} if self.added else {}),
         }
 
     @classmethod
@@ -67,7 +104,15 @@ class Case:
             hidden_label=value.get("hidden_label"),
             geometry=Geometry.from_json(value["geometry"]),
             voxel_hash=value["voxel_hash"],
+            added=Addition.from_json(value["added"]) if value.get("added") else None,
         )
+
+    @property
+    def as_planned(self) -> Case:
+        """Return the case as it was when the dataset was made."""
+        if self.added is None or self.role is not Role.LABELLED:
+            return self
+        return replace(self, role=Role.UNLABELLED, label=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +148,14 @@ class Cohort:
     def test(self) -> tuple[Case, ...]:
         """Return the cases that nothing may learn from."""
         return self.with_role(Role.TEST)
+
+    def as_planned(self) -> Cohort:
+        """Return the cohort as it was when the dataset was made: human labels that came later are unlabelled cases.
+
+        Plans, folds and the stages of a run follow this one, so that what was done before stays valid; a run learns the
+        labels that came later from its next round on.
+        """
+        return replace(self, cases=tuple(case.as_planned for case in self.cases))
 
     @property
     def ignore_value(self) -> int | None:

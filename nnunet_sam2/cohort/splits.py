@@ -20,7 +20,10 @@ def make_splits(cohort: Cohort | Iterable[tuple[str, str]], seed: int = NNUNET_S
     allows no validation: the list is empty, and nnU-Net has to train with ``-f all``. The draw is the one of
     ``nnunetv2.utilities.crossval_split`` (scikit-learn's shuffled ``KFold``), over patients instead of cases.
     """
-    pairs = [(c.case_id, c.patient) for c in cohort.labelled] if isinstance(cohort, Cohort) else list(cohort)
+    if isinstance(cohort, Cohort):
+        pairs = [(c.case_id, c.patient) for c in cohort.as_planned().labelled]
+    else:
+        pairs = list(cohort)
     patients = sorted({patient for _, patient in pairs})
     folds = min(MAX_FOLDS, len(patients))
     if folds < 2:

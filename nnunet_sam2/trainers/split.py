@@ -83,7 +83,7 @@ def read_or_make_splits(
         return read_json(splits_file)
     patients: dict[str, str] = {}
     if raw_folder is not None and (raw_folder / COHORT_FILE).is_file():
-        patients = {case.case_id: case.patient for case in Cohort.load(raw_folder).labelled}
+        patients = {case.case_id: case.patient for case in Cohort.load(raw_folder).as_planned().labelled}
     splits = make_splits([(case, patients.get(case, case)) for case in sorted(labelled)])
     if splits:
         write_json(splits_file, splits)
