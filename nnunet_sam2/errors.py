@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class NnunetSam2Error(Exception):
     """Base of all errors that the command line shows without a traceback."""
@@ -19,3 +21,20 @@ class StageError(NnunetSam2Error, RuntimeError):
     """Report that a stage of a run failed after it had started; what was finished before is kept."""
 
     exit_status = 1
+
+
+def describe_os_error(error: OSError) -> str:
+    """Say in one line what the operating system refused, where, and the way out."""
+    where = f"{error.filename}: " if error.filename else ""
+    what = error.strerror or str(error) or type(error).__name__
+    ways_out = {
+        errno.ENOSPC: "the disk is full; make room",
+        errno.EDQUOT: "your disk quota is used up; make room",
+        errno.EROFS: "the folder is read-only; make it writable or use another",
+        errno.EACCES: "the right to do so is missing; give it, or use another folder",
+        errno.EPERM: "the right to do so is missing; give it, or use another folder",
+        errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
+        errno.EIO: "the disk failed; look at the system's log",
+    }
+    way_out = ways_out.get(error.errno or 0, "mend it")
+    return f"{where}{what}: {way_out} and give the same command again; what was finished is kept"

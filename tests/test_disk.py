@@ -34,6 +34,7 @@ def test_a_cohorts_size_counts_its_cases_voxels_and_slices(cohort: Cohort) -> No
     assert size.held_out_voxels == 12 * 40 * 40
     assert (size.labelled_cases, size.unlabelled_cases, size.classes) == (3, 2, len(cohort.class_values))
     assert size.growth == 1.0
+    assert size.slices == 5 * 12
 
 
 @pytest.mark.parametrize("kind", ["plan", "sam2", "data", "predict", "fuse", "refine"])
@@ -55,6 +56,7 @@ def test_a_stage_without_files_of_its_own_needs_no_room() -> None:
 
 def test_embeddings_take_eight_bytes_a_pixel_up_to_the_caches_limit() -> None:
     assert embedding_bytes(_size(), 256) == 100 * 8 * 256 * 256
+    assert embedding_bytes(_size(), 256, looks=3) == 300 * 8 * 256 * 256
     assert embedding_bytes(_size(slices=10**6), 1024) == disk.EMBEDDINGS_AT_MOST
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 from nnunet_sam2.cohort.cohort import Case, Cohort
 from nnunet_sam2.errors import StageError
+from nnunet_sam2.geometry import choose_slice_axis, view_axes
 
 # Bytes a voxel of the image's own grid; above what runs on hippocampus, chaos_t2_mr and acdc wrote (label 0.02,
-# confidence 0.8, probabilities 0.3 of the untrained network's 0.9 a channel).
-LABEL, CONFIDENCE, PROBABILITY = 0.05, 1.0, 0.5
+# confidence 0.8, a channel's probabilities 0.1 where the network is sure and 0.9 where it is untrained).
+LABEL, CONFIDENCE, PROBABILITY = 0.05, 1.0, 1.0
 # Bytes a voxel of nnU-Net's preprocessed grid: float32 images hardly shrink, label maps and distrust do.
 IMAGE, SEGMENTATION, DISTRUST = 4.0, 0.3, 0.5
 LOCATIONS = 10_000 * 4 * 8
@@ -28,6 +29,9 @@ TRAINING_EXTRAS = 4 * 2**20
 
 EMBEDDING = 8
 """Bytes a pixel at model size: three feature maps in half precision (strides 4, 8, 16 with 32, 64, 256 channels)."""
+
+LOOKS = {"auto": 3}
+"""Times that a strategy encodes a slice at most: ``auto`` also takes close-ups with two margins."""
 
 EMBEDDINGS_AT_MOST = 50 * 2**30
 """Bytes that `EmbeddingCache` keeps on disk."""
@@ -52,7 +56,7 @@ class RunSize:
     labelled_cases: int
     unlabelled_cases: int
     slices: int
-    """Slices of all labelled and unlabelled cases, along the axis with the most."""
+    """Slices of all labelled and unlabelled cases, along every axis that SAM 2 may look along."""
     channels: int
     classes: int
     growth: float = 1.0
@@ -88,7 +92,7 @@ def run_size(
         held_out_voxels=sum(_voxels(cohort.case(case_id)) for case_id in validation_ids),
         labelled_cases=len(cohort.labelled),
         unlabelled_cases=len(cohort.unlabelled),
-        slices=sum(max(case.geometry.shape_zyx) if _is_volume(case) else 1 for case in cases),
+        slices=sum(_slices(case) for case in cases),
         channels=len(cohort.channels),
         classes=len(cohort.class_values),
         growth=growth,
@@ -126,9 +130,12 @@ def checkpoint_bytes(size: RunSize) -> int:
     return 4 * size.parameters * size.copies
 
 
-def embedding_bytes(size: RunSize, image_size: int) -> int:
-    """Return the bytes of all slices' SAM 2 features as `EmbeddingCache` keeps them, up to its limit."""
-    return min(EMBEDDINGS_AT_MOST, EMBEDDING * image_size**2 * size.slices)
+def embedding_bytes(size: RunSize, image_size: int, *, looks: int = 1) -> int:
+    """Return the bytes of all slices' SAM 2 features as `EmbeddingCache` keeps them, up to its limit.
+
+    ``looks`` is how often a strategy looks at a slice: once, or again from nearer (`LOOKS`).
+    """
+    return min(EMBEDDINGS_AT_MOST, looks * EMBEDDING * image_size**2 * size.slices)
 
 
 def count_parameters(kwargs: Mapping[str, Any]) -> int:
@@ -183,8 +190,9 @@ def _voxels(case: Case) -> int:
     return math.prod(case.geometry.shape_zyx)
 
 
-def _is_volume(case: Case) -> bool:
-    return case.geometry.shape_zyx[0] > 1
+def _slices(case: Case) -> int:
+    geometry = case.geometry
+    return sum(geometry.shape_zyx[axis] for axis in view_axes(geometry, choose_slice_axis(geometry)))
 
 
 def _growth(case: Case, target_mm: Any) -> float:

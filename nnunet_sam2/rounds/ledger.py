@@ -2,25 +2,38 @@
 
 One JSON object a line. A stage is done when a ``done`` line says so, when its inputs hash to the same key as now, and
 when every file it wrote still has the hash that the line names; else it runs again. A line that a kill cut short is
-dropped at the next start.
+dropped at the next start; a line that lacks what it must hold is refused by line and field.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_sam2.errors import InputError
+from nnunet_sam2.errors import InputError, StageError, describe_os_error
 from nnunet_sam2.progress import say
-from nnunet_sam2.storage import file_hash, value_hash, write_text
+from nnunet_sam2.storage import atomic_path, file_hash, value_hash, write_text
 
 LEDGER_FILE = "ledger.jsonl"
+BACKUP_FILE = "ledger.backup.jsonl"
+"""The ledger as it was, whole and readable, when the run was last started."""
+
 LEDGER_VERSION = 1
+
+FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "run": {"options": dict},
+    "started": {"stage": str, "key": str, "inputs": dict},
+    "done": {"stage": str, "key": str, "digest": str, "files": dict, "info": dict, "seconds": (int, float)},
+    "stopped": {"reason": str, "best_round": int},
+    "machine": {"machine": dict},
+}
+"""What an event of each kind must hold; other kinds are notes and may hold anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +45,14 @@ class StageResult:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Read a ledger's events; an incomplete last line, left by a kill, is not an event."""
+    """Read a ledger's events; an incomplete last line, left by a kill, is not an event.
+
+    Raises `InputError` naming line and field where the file was damaged, edited or written by another version.
+    """
     if not path.is_file():
         return []
     events: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
@@ -45,13 +61,35 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             if number == len(lines):
                 break
+            raise _damaged(path, number, "is not valid JSON") from None
+        if not isinstance(event, dict):
+            raise _damaged(path, number, "is no event")
+        version = event.get("version", LEDGER_VERSION)
+        if version != LEDGER_VERSION:
             raise InputError(
-                f"{path}, line {number}, is not valid JSON; restore the file or start anew with --branch NAME"
-            ) from None
-        if event.get("version", LEDGER_VERSION) != LEDGER_VERSION:
-            raise InputError(f"{path} was written by another version ({event['version']}); use that one or --branch")
+                f"{path}, line {number}: version {version!r} is not this program's ({LEDGER_VERSION}); "
+                "continue with the version that wrote it, or start anew with --branch NAME"
+            )
+        _check_fields(path, number, event)
         events.append(event)
     return events
+
+
+def _check_fields(path: Path, number: int, event: dict[str, Any]) -> None:
+    fields = {"event": str, "time": (int, float), **FIELDS.get(str(event.get("event")), {})}
+    for name, kind in fields.items():
+        if name not in event:
+            raise _damaged(path, number, f"({event.get('event', 'no event')}) lacks the field {name!r}")
+        if not isinstance(event[name], kind) or isinstance(event[name], bool):
+            wanted = kind.__name__ if isinstance(kind, type) else "number"
+            raise _damaged(path, number, f"({event['event']}): {name!r} must be a {wanted}, not {event[name]!r:.60}")
+
+
+def _damaged(path: Path, number: int, what: str) -> InputError:
+    backup = path.with_name(BACKUP_FILE)
+    known = f"put {backup.name} in its place (as it was when the run was last started)" if backup.is_file() else ""
+    way_out = f"{known}, or start anew with --branch NAME" if known else "restore the file, or start anew with --branch"
+    return InputError(f"{path}, line {number}, {what}; {way_out}")
 
 
 class Ledger:
@@ -61,18 +99,26 @@ class Ledger:
         self.folder = folder
         self.path = folder / LEDGER_FILE
         self.events = read_events(self.path)
+        self.before_stage: Callable[[str], None] = lambda stage: None
+        """Called with a stage's name before it starts; what it raises keeps the stage from starting."""
         whole = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in self.events)
-        if self.path.is_file() and self.path.read_text(encoding="utf-8") != whole:
-            write_text(self.path, whole)
+        if self.path.is_file():
+            if self.path.read_text(encoding="utf-8", errors="replace") != whole:
+                write_text(self.path, whole)
+            with atomic_path(folder / BACKUP_FILE) as temporary:
+                shutil.copyfile(self.path, temporary)
 
     def append(self, event: str, **values: Any) -> dict[str, Any]:
-        """Append one event and flush it to disk before returning it."""
+        """Append one event and flush it to disk before returning it; raise `StageError` where that is not possible."""
         entry = {"version": LEDGER_VERSION, "event": event, "time": round(time.time(), 3), **values}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                handle.flush()
+                os.fsync(handle.fileno())
+        except OSError as error:
+            raise StageError(f"the ledger cannot be written: {describe_os_error(error)}") from error
         self.events.append(entry)
         return entry
 
@@ -96,11 +142,15 @@ class Ledger:
         finished = self.done(stage, key)
         if finished is not None:
             return finished
+        self.before_stage(stage)
         say(f"[{stage}] {what}")
         self.append("started", stage=stage, key=key, inputs=dict(inputs), process=os.getpid())
         start = time.monotonic()
-        result = work()
-        hashes = {self._name(path): file_hash(path) for path in sorted(result.files)}
+        try:
+            result = work()
+            hashes = {self._name(path): file_hash(path) for path in sorted(result.files)}
+        except OSError as error:
+            raise StageError(f"stage {stage} failed: {describe_os_error(error)}") from error
         return self.append(
             "done",
             stage=stage,
