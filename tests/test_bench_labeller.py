@@ -8,7 +8,7 @@ import pytest
 import torch
 from labeller_bench.setting import as_support, made_up_case
 from labeller_bench.stock import Insertion, StockPredictor
-from test_sam2_backend import CONFIG, SIZE, lively_model, make_backend
+from lively_sam2 import CONFIG, SIZE, lively_model, make_backend
 
 from nnunet_sam2.labelling.registry import make_strategy
 from nnunet_sam2.sam2.model import model_arguments

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_sam2_backend import SIZE, lively_model, make_backend, masks
+from lively_sam2 import SIZE, lively_model, make_backend, masks
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.frames import Frames

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_sam2_backend import SIZE, lively_model, make_backend, stock_walk
+from lively_sam2 import SIZE, lively_model, make_backend, stock_walk
 
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.labelling.fusion import FusionOptions

@@ -1,4 +1,4 @@
-"""The SAM 2 back end held against sam2's own predictors, and its cache."""
+"""The SAM 2 back end held against sam2's own predictors."""
 
 from __future__ import annotations
 
@@ -9,45 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lively_sam2 import CONFIG, SIZE, drifting_images, lively_model, make_backend, masks, stock_walk
 
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.sam2.backend import MetaSam2Backend, default_precision, load_backend
-from nnunet_sam2.sam2.cache import TENSORS, EmbeddingCache, joined_halves, to_half
-from nnunet_sam2.sam2.config import UNTRAINED, load_config
-from nnunet_sam2.sam2.model import build_untrained, model_arguments
-from nnunet_sam2.sam2.protocol import Sam2Spec
+from nnunet_sam2.sam2.cache import EmbeddingCache
 
-SIZE = 64
 WEIGHTS = Path(os.environ.get("NNUNET_SAM2_WEIGHTS", Path(__file__).parents[2] / "shared" / "weights"))
 IMAGE_WEIGHTS = WEIGHTS / "sam2_hiera_tiny_image.safetensors"
-
-
-CONFIG = load_config(UNTRAINED)
-
-
-def lively_model(config=CONFIG):
-    """Return a small SAM 2 whose random weights are strong enough for masks, scores and memory to vary."""
-    model = build_untrained(config, SIZE)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and "norm" not in name:
-            fan_in = parameter[0].numel() if parameter.shape[0] > 1 else parameter.numel()
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (2.0 / fan_in) ** 0.5)
-        elif name.endswith("gamma"):
-            parameter.fill_(0.5)
-        elif name.endswith("pred_obj_score_head.layers.2.bias"):
-            parameter.fill_(0.33)  # some objects are then gone on some frames, most are there
-    return model
-
-
-def make_backend(model, cache=None, **changes):
-    spec = {"name": "lively", "checkpoint_hash": "0", "image_size": SIZE, "has_memory": True, "origin": "a test"}
-    return MetaSam2Backend(
-        model=model,
-        spec=Sam2Spec(**{**spec, **changes}),
-        device=torch.device("cpu"),
-        cache=cache or EmbeddingCache(None),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -62,56 +31,12 @@ def backend(model):
 
 @pytest.fixture(scope="module")
 def images():
-    rng = np.random.default_rng(0)
-    base = rng.uniform(size=(3, 8, 8))
-    drift = np.stack([base + 0.15 * n * rng.uniform(-1, 1, size=base.shape) for n in range(9)])
-    return np.clip(drift, 0, 1).repeat(8, 2).repeat(8, 3).astype(np.float32)
+    return drifting_images()
 
 
 @pytest.fixture(scope="module")
 def embeddings(backend, images):
     return backend.embed(Frames.from_images(images))
-
-
-def masks(*boxes):
-    """Return (K, S, S) masks; None stands for an object that is not there."""
-    out = np.zeros((len(boxes), SIZE, SIZE), bool)
-    for mask, box in zip(out, boxes, strict=True):
-        if box is not None:
-            mask[box[1] : box[3], box[0] : box[2]] = True
-    return out
-
-
-def stock_walk(model, monkeypatch, embeddings, prompts, *, reverse, config=CONFIG):
-    """Let sam2's own video predictor walk over the same features: {frame: logits (K, S, S)}."""
-    from sam2 import sam2_video_predictor
-
-    predictor = sam2_video_predictor.SAM2VideoPredictor(**model_arguments(config, SIZE)).eval()
-    predictor.load_state_dict(model.state_dict())
-    count = len(embeddings)
-    numbered = torch.arange(count).float()[:, None, None, None].expand(-1, 3, SIZE, SIZE)
-    monkeypatch.setattr(sam2_video_predictor, "load_video_frames", lambda **_: (numbered, SIZE, SIZE))
-
-    def features(image):
-        index = int(image[0, 0, 0, 0])
-        maps = [m[None] for m in (*embeddings.high(index), embeddings.top(index))]
-        encode = predictor.image_encoder.neck.position_encoding
-        return {"backbone_fpn": maps, "vision_pos_enc": [encode(m) for m in maps]}
-
-    monkeypatch.setattr(predictor, "forward_image", features)
-    attention = predictor.memory_attention.forward
-    # Where no object pointer is in reach, the predictor hands its bfloat16 memories to float32 layers and fails.
-    monkeypatch.setattr(
-        predictor.memory_attention, "forward", lambda **given: attention(**{**given, "memory": given["memory"].float()})
-    )
-    state = predictor.init_state("unused")
-    for t, masks_kss in prompts.items():
-        for k, mask in enumerate(masks_kss):
-            if mask.any():
-                predictor.add_new_mask(state, t, k, torch.from_numpy(mask))
-    first = max(prompts) if reverse else min(prompts)
-    steps = predictor.propagate_in_video(state, start_frame_idx=first, reverse=reverse)
-    return {t: torch.stack([logits[ids.index(k)][0] for k in sorted(ids)]) for t, ids, logits in steps}
 
 
 SCENES = {
@@ -257,118 +182,6 @@ def test_a_caller_finds_threads_precision_and_gradients_as_they_were(model, imag
     assert (torch.get_num_threads(), torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()) == before
 
 
-class Counting:
-    """Count how often a model encodes."""
-
-    def __init__(self, model, monkeypatch):
-        self.images = 0
-        forward = model.forward_image
-
-        def counted(images):
-            self.images += len(images)
-            return forward(images)
-
-        monkeypatch.setattr(model, "forward_image", counted)
-
-
-def same(a, b):
-    return all(
-        torch.equal(x, y)
-        for i in range(len(a))
-        for x, y in zip((a.top(i), *a.high(i)), (b.top(i), *b.high(i)), strict=True)
-    )
-
-
-def test_each_slice_is_encoded_once_and_read_back_bit_for_bit(tmp_path, model, images, monkeypatch):
-    counting = Counting(model, monkeypatch)
-    frames = Frames.from_images(images[:3])
-    first = make_backend(model, EmbeddingCache(tmp_path))
-    fresh = first.embed(frames)
-    assert counting.images == 3
-    assert same(fresh, first.embed(frames))
-    later = make_backend(model, EmbeddingCache(tmp_path)).embed(frames)
-    assert counting.images == 3
-    assert len(later) == 3
-    assert later.key == fresh.key
-    assert same(fresh, later)
-
-
-@pytest.mark.parametrize("changes", [{"checkpoint_hash": "1"}, {"precision": "bfloat16"}, {"config": "other"}])
-def test_another_model_does_not_find_the_embeddings(tmp_path, model, images, monkeypatch, changes):
-    counting = Counting(model, monkeypatch)
-    frames = Frames.from_images(images[:1])
-    make_backend(model, EmbeddingCache(tmp_path)).embed(frames)
-    make_backend(model, EmbeddingCache(tmp_path), **changes).embed(frames)
-    assert counting.images == 2
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "other key"])
-def test_a_damaged_cache_file_is_encoded_anew(tmp_path, model, images, monkeypatch, damage):
-    counting = Counting(model, monkeypatch)
-    frames = Frames.from_images(images[:2])
-    fresh = make_backend(model, EmbeddingCache(tmp_path)).embed(frames)
-    (path,) = tmp_path.glob("*/*.safetensors")
-    content = bytearray(path.read_bytes())
-    if damage == "truncated":
-        del content[-100:]
-    elif damage == "flipped":
-        content[-100] ^= 255
-    path.write_bytes(content)
-    if damage == "other key":
-        other = make_backend(model, EmbeddingCache(tmp_path), checkpoint_hash="other")
-        wanted = other.embedding_key(frames)
-        (tmp_path / wanted[:2]).mkdir(exist_ok=True)
-        path.replace(tmp_path / wanted[:2] / f"{wanted}.safetensors")
-        other.embed(frames)
-    else:
-        assert same(fresh, make_backend(model, EmbeddingCache(tmp_path)).embed(frames))
-    assert counting.images == 4
-
-
-def test_cache_files_are_the_same_bytes_every_time(tmp_path, model, images):
-    frames = Frames.from_images(images[:2])
-    contents = []
-    for folder in ("a", "b"):
-        make_backend(model, EmbeddingCache(tmp_path / folder)).embed(frames)
-        (path,) = (tmp_path / folder).glob("*/*.safetensors")
-        contents.append(path.read_bytes())
-    assert contents[0] == contents[1]
-
-
-def maps(value, frames=1):
-    return {name: torch.full((frames, 1, 256, 256), float(value)) for name in TENSORS}
-
-
-def test_memory_is_bounded_and_what_left_it_is_read_from_disk(tmp_path):
-    cache = EmbeddingCache(tmp_path, memory_mb=1)
-    kept = [cache.put(f"{n:02d}", maps(n)) for n in range(4)]  # 0.4 MB each
-    assert sum(k.memory_bytes for k in kept) <= 2**20
-    assert [float(k.top(0)[0, 0, 0]) for k in kept] == [0, 1, 2, 3]
-
-
-def test_without_a_folder_the_caller_keeps_what_the_cache_forgets():
-    cache = EmbeddingCache(None, memory_mb=1)
-    kept = [cache.put(f"{n:02d}", maps(n)) for n in range(4)]
-    assert cache.get("00") is None
-    assert cache.get("03") is kept[3]
-    assert float(kept[0].top(0)[0, 0, 0]) == 0
-
-
-def test_the_folder_is_bounded_and_loses_what_was_not_used_for_longest(tmp_path):
-    cache = EmbeddingCache(tmp_path, disk_gb=1.3 / 1024)
-    for n in range(3):
-        cache.put(f"{n:02d}", maps(n))
-        os.utime(tmp_path / f"{n:02d}" / f"{n:02d}.safetensors", (1000 + n, 1000 + n))
-    cache.get("00")
-    cache.put("03", maps(3))
-    assert sorted(p.stem for p in tmp_path.glob("*/*.safetensors")) == ["00", "02", "03"]
-
-
-def test_values_beyond_float16_survive_the_cache():
-    stored = EmbeddingCache(None).put("k", maps(1e6))
-    assert float(stored.top(0)[0, 0, 0]) == pytest.approx(1e6, rel=1e-2)
-
-
 def test_real_image_weights_segment_a_bright_disc_from_its_box(tmp_path):
     if not IMAGE_WEIGHTS.is_file():
         pytest.skip(f"{IMAGE_WEIGHTS} is absent; set NNUNET_SAM2_WEIGHTS")
@@ -388,13 +201,3 @@ def test_real_image_weights_segment_a_bright_disc_from_its_box(tmp_path):
         exact = load_backend(str(IMAGE_WEIGHTS), device="cpu", image_size=size, precision="float32").embed(frames)
         cosine = torch.cosine_similarity(exact.top(0), backend.embed(frames).top(0), dim=0)
         assert float(cosine.mean()) > 0.999
-
-
-def test_parts_of_a_volume_are_rounded_as_the_whole_would_be():
-    small, large = torch.rand(2, 3), torch.tensor([[1.0, 2.0, 1e6]])
-    joined = joined_halves([to_half(small), to_half(small + 1)])
-    assert joined.dtype == torch.float16
-    assert torch.equal(joined, to_half(torch.cat([small, small + 1])))
-    wide = joined_halves([to_half(small), to_half(large)])
-    assert wide.dtype == torch.bfloat16
-    torch.testing.assert_close(wide.float(), torch.cat([small, large]), rtol=1e-2, atol=1e-3)

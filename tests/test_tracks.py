@@ -7,7 +7,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from test_sam2_backend import lively_model, make_backend, masks, stock_walk
+from lively_sam2 import lively_model, make_backend, masks, stock_walk
 
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.sam2.protocol import VideoWalk
