@@ -6,13 +6,12 @@ every reader that stops before the checksum. So files are checked here, byte for
 
 from __future__ import annotations
 
-import gzip
 import zlib
 from pathlib import Path
 
-import numpy as np
-
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.nifti import NiftiFacts, check_nifti
+from nnunet_sam2.repairs import STRICT, ReadPolicy
 
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".mha", ".nrrd")
 """Endings of files with a grid in space."""
@@ -23,6 +22,7 @@ PICTURE_ENDINGS = (".png", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".pnm", ".jp
 LOSSY_ENDINGS = (".jpg", ".jpeg")
 """Endings of pictures that cannot hold a label map."""
 
+_HEADER_BYTES = 1 << 16
 _META_IMAGE_BYTES = {
     "MET_CHAR": 1,
     "MET_UCHAR": 1,
@@ -80,11 +80,12 @@ def check_file(path: Path) -> None:
         raise InputError(f"{path} is a web page, not an image; the download went wrong, get it again")
 
 
-def check_content(path: Path) -> None:
+def check_content(path: Path, policy: ReadPolicy = STRICT) -> NiftiFacts | None:
     """Read a volume's file from end to end and refuse one that is damaged or holds NaN or infinite voxels.
 
-    NIfTI: gzip checksum, length against the header, pixdim, NaN and Inf in the stored values. MetaImage: zlib checksum
-    and length. What other readers check themselves (NRRD, PNG, TIFF) is left to them.
+    NIfTI: `nnunet_sam2.nifti.check_nifti`, whose facts are returned. MetaImage: zlib checksum, length, and that the
+    voxels are in the file itself. NRRD: that the voxels are in the file itself. What other readers check (PNG, TIFF) is
+    left to them.
     """
     check_file(path)
     ending = file_ending(path)
@@ -93,115 +94,81 @@ def check_content(path: Path) -> None:
         if ending == ".nii.gz" and twin.exists():
             # The NIfTI library behind SimpleITK takes the header from one and the voxels from the other.
             raise InputError(f"{twin} lies beside {path.name} and would be read in its place; remove or rename one")
-        _check_nifti(path)
-    elif ending == ".mha":
+        return check_nifti(path, policy)
+    if ending == ".mha":
         _check_meta_image(path)
+    elif ending == ".nrrd":
+        _check_nrrd(path)
+    return None
 
 
-def check_finite(path: Path, values: np.ndarray) -> None:
-    """Refuse NaN and infinite values, naming the file and how many there are."""
-    if not np.issubdtype(values.dtype, np.floating) or np.isfinite(values).all():
-        return
-    nan, infinite = int(np.isnan(values).sum()), int(np.isinf(values).sum())
-    raise InputError(
-        f"{path} holds {nan} NaN and {infinite} infinite voxels; replace them, for example by the background's value"
-    )
-
-
-def is_plain_nifti_gz(path: Path) -> bool:
-    """Say whether a file is a gzipped three-dimensional NIfTI, which nnU-Net can take as it is."""
-    if file_ending(path) != ".nii.gz":
-        return False
+def _check_nrrd(path: Path) -> None:
+    """Refuse a header that names other files: what is read must be what was given."""
     with path.open("rb") as handle:
-        if handle.read(2) != b"\x1f\x8b":
-            return False
-    with gzip.open(path) as stream:
-        header = _nifti_header(path, stream.read(600))
-    return int(header["dim"][0]) == 3
-
-
-def nifti_form_difference_mm(path: Path) -> float:
-    """Measure how far apart qform and sform put the volume's corners, in mm; 0 where one of them is not set."""
-    with path.open("rb") as handle:
-        zipped = handle.read(2) == b"\x1f\x8b"
-    with gzip.open(path) if zipped else path.open("rb") as stream:
-        header = _nifti_header(path, stream.read(600))
-    if not int(header["qform_code"]) or not int(header["sform_code"]):
-        return 0.0
-    lengths = np.array([max(1, int(n)) for n in header["dim"][1:4]])
-    corners = np.array([[i, j, k, 1.0] for i in (0, 1) for j in (0, 1) for k in (0, 1)])
-    corners[:, :3] *= lengths - 1
-    difference = corners @ (header.get_sform() - header.get_qform()).T
-    return float(np.linalg.norm(difference[:, :3], axis=1).max())
-
-
-def _nifti_header(path: Path, start: bytes):  # type: ignore[no-untyped-def]  # nibabel has no types
-    import nibabel
-
-    for kind in (nibabel.Nifti1Header, nibabel.Nifti2Header):
-        try:
-            header = kind(start[: kind.sizeof_hdr], check=False)
-        except Exception:  # nibabel raises many kinds for bytes that are no header
-            continue
-        if int(header["sizeof_hdr"]) == kind.sizeof_hdr and 1 <= int(header["dim"][0]) <= 7:
-            return header
-    raise InputError(f"{path} is named like NIfTI but has no NIfTI header; get the file again or name it by its format")
-
-
-def _check_nifti(path: Path) -> None:
-    raw = path.read_bytes()
-    if raw[:2] == b"\x1f\x8b":
-        try:
-            raw = gzip.decompress(raw)
-        except (EOFError, OSError, zlib.error) as error:
-            raise InputError(f"{path} is damaged or cut off ({error}); copy or download it again") from None
-    header = _nifti_header(path, raw[:600])
-    shape = tuple(int(n) for n in header.get_data_shape())
-    if min(shape) < 1:
-        raise InputError(f"{path} has an axis without voxels, shape {shape}; get the file again")
-    try:
-        dtype = header.get_data_dtype()
-    except Exception:
-        raise InputError(f"{path} has an unknown NIfTI data type {int(header['datatype'])}") from None
-    if dtype.kind not in "iufb":
-        raise InputError(f"{path} holds {dtype} voxels (complex or colour); export one real-valued file a channel")
-    pixdim = np.asarray(header["pixdim"][1 : 1 + min(3, len(shape))], dtype=float)
-    if not np.isfinite(pixdim).all() or (pixdim == 0).any():
-        raise InputError(f"{path} has voxel size {pixdim.tolist()} mm in its header; set the true one")
-    count, offset = int(np.prod(shape, dtype=np.int64)), int(header.get_data_offset())
-    if len(raw) < offset + count * dtype.itemsize:
-        raise InputError(
-            f"{path} is cut off: its header promises {offset + count * dtype.itemsize} bytes, it holds {len(raw)}; "
-            "copy or download it again"
-        )
-    if dtype.kind == "f":
-        check_finite(path, np.frombuffer(raw, dtype=dtype, count=count, offset=offset))
+        head = handle.read(_HEADER_BYTES)
+    for line in head.split(b"\n\n")[0].splitlines():
+        if line.lower().replace(b" ", b"").startswith(b"datafile:"):
+            raise InputError(f"{path} keeps its voxels in another file; save header and voxels in one .nrrd")
 
 
 def _check_meta_image(path: Path) -> None:
-    raw = path.read_bytes()
+    with path.open("rb") as handle:
+        head = handle.read(_HEADER_BYTES)
     fields: dict[str, str] = {}
     position = 0
     while "ElementDataFile" not in fields:
-        end = raw.find(b"\n", position)
-        name, separator, value = raw[position:end].decode("latin-1").partition("=")
+        end = head.find(b"\n", position)
+        name, separator, value = head[position:end].decode("latin-1").partition("=")
         if end < 0 or not separator:
             raise InputError(f"{path} is named like MetaImage but has no such header; get the file again")
         fields[name.strip()] = value.strip()
         position = end + 1
+    if fields["ElementDataFile"] != "LOCAL":
+        # What is read must be what was given: the header could name any file of this machine.
+        raise InputError(f"{path} keeps its voxels in another file; save header and voxels in one .mha")
     element = _META_IMAGE_BYTES.get(fields.get("ElementType", ""))
-    if fields["ElementDataFile"] != "LOCAL" or element is None:
-        return
-    channels = int(fields.get("ElementNumberOfChannels", "1"))
-    promised = int(np.prod([int(n) for n in fields["DimSize"].split()], dtype=np.int64)) * element * channels
-    body = raw[position:]
-    if fields.get("CompressedData", "False").lower() == "true":
-        try:
-            body = zlib.decompress(body)
-        except zlib.error as error:
-            raise InputError(f"{path} is damaged or cut off ({error}); copy or download it again") from None
-    if len(body) < promised:
+    if element is None:
+        raise InputError(f"{path} holds voxels of type {fields.get('ElementType')}; save plain numbers, one a voxel")
+    try:
+        channels = int(fields.get("ElementNumberOfChannels", "1"))
+        lengths = [int(n) for n in fields["DimSize"].split()]
+        dimension = int(fields["NDims"])
+        extra = int(fields.get("HeaderSize", "0"))
+    except (KeyError, ValueError):
+        raise InputError(f"{path} has a damaged MetaImage header; copy or download it again") from None
+    if extra or dimension != len(lengths) or not lengths or min(lengths) < 1 or channels < 1:
         raise InputError(
-            f"{path} is cut off: its header promises {promised} bytes of voxels, it holds {len(body)}; "
+            f"{path} has a damaged MetaImage header (size {lengths}, {dimension} axes, {channels} channels); copy or "
+            "download it again"
+        )
+    promised = element * channels
+    for length in lengths:
+        promised *= length
+    found = path.stat().st_size - position
+    if fields.get("CompressedData", "False").lower() == "true":
+        found = _inflated_size(path, position, promised)
+    if found < promised:
+        raise InputError(
+            f"{path} is cut off: its header promises {promised} bytes of voxels, it holds {found}; "
             "copy or download it again"
         )
+
+
+def _inflated_size(path: Path, position: int, promised: int) -> int:
+    """Inflate a file's voxels to their checksum, in bounded memory, and return their size."""
+    inflater = zlib.decompressobj()
+    size = 0
+    try:
+        with path.open("rb") as handle:
+            handle.seek(position)
+            while chunk := inflater.unconsumed_tail or handle.read(1 << 20):
+                size += len(inflater.decompress(chunk, 1 << 22))
+                if inflater.eof or size > promised:
+                    break
+    except zlib.error as error:
+        raise InputError(f"{path} is damaged or cut off ({error}); copy or download it again") from None
+    if not inflater.eof:
+        raise InputError(
+            f"{path} is damaged or cut off: {size} bytes of voxels, promised are {promised}; copy or download it again"
+        )
+    return size

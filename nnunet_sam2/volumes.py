@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 
 from nnunet_sam2.errors import InputError, StageError
-from nnunet_sam2.file_checks import LOSSY_ENDINGS, PICTURE_ENDINGS, check_content, check_finite, file_ending
+from nnunet_sam2.file_checks import LOSSY_ENDINGS, PICTURE_ENDINGS, check_content, file_ending
 from nnunet_sam2.geometry import Geometry
+from nnunet_sam2.nifti import mend_nonfinite, read_values
 from nnunet_sam2.pictures import read_picture, write_picture
+from nnunet_sam2.repairs import ERROR, STRICT, ReadPolicy, Repairs
 from nnunet_sam2.storage import atomic_path
 
 LABEL_TOLERANCE = 1e-3
@@ -44,8 +47,7 @@ def read_volume(paths: Sequence[Path], *, split_fourth_axis: bool = False) -> Vo
     channels: list[np.ndarray] = []
     first: Geometry | None = None
     for path in paths:
-        array, geometry = _read(path, split_fourth_axis=split_fourth_axis)
-        check_finite(path, array)
+        array, geometry = read_stored(path, split_fourth_axis=split_fourth_axis)
         if first is None:
             first = geometry
         elif difference := first.mismatch(geometry):
@@ -74,13 +76,23 @@ def read_label(path: Path, *, allowed: Iterable[int] | None = None) -> tuple[np.
     Raises `InputError` for values that are not whole numbers within `LABEL_TOLERANCE`, are negative, exceed 65535, or
     are not among ``allowed`` (0 is always allowed).
     """
+    label_zyx, geometry, _ = read_label_as(path, STRICT, allowed=allowed)
+    return label_zyx, geometry
+
+
+def read_label_as(
+    path: Path, policy: ReadPolicy, *, allowed: Iterable[int] | None = None
+) -> tuple[np.ndarray, Geometry, Repairs]:
+    """Read a label map as `read_label` does, its geometry mended as the policy says, and say what was mended.
+
+    NaN and infinite values are refused whatever the policy says of images.
+    """
     if file_ending(path) in LOSSY_ENDINGS:
         raise InputError(f"{path} is a JPEG, which changes label values; save the label map as PNG")
-    array, geometry = _read(path)
+    array, geometry, repairs = _read(path, policy=replace(policy, nonfinite=ERROR))
     if array.shape[0] != 1:
         raise InputError(f"{path} has {array.shape[0]} values a voxel; a label map has one, save it as grey or palette")
     label_zyx = array[0]
-    check_finite(path, label_zyx)
     if np.issubdtype(label_zyx.dtype, np.floating):
         rounded = np.rint(label_zyx)
         far = float(np.abs(label_zyx - rounded).max())
@@ -90,6 +102,7 @@ def read_label(path: Path, *, allowed: Iterable[int] | None = None) -> tuple[np.
                 f"{path} holds {worst:g}, which is not a whole number (tolerance {LABEL_TOLERANCE:g}); "
                 "a label map was interpolated or is a probability map, export whole numbers"
             )
+        repairs = replace(repairs, rounded_voxels=int(np.count_nonzero(rounded != label_zyx)))
         label_zyx = rounded
     low, high = int(label_zyx.min()), int(label_zyx.max())
     if low < 0 or high > np.iinfo(np.uint16).max:
@@ -104,7 +117,7 @@ def read_label(path: Path, *, allowed: Iterable[int] | None = None) -> tuple[np.
                 f"{path} holds label {', '.join(str(v) for v in stray[:5])}, declared are {declared}; "
                 "declare it with --labels NAME=VALUE,... or correct the file"
             )
-    return label_zyx, geometry
+    return label_zyx, geometry, repairs
 
 
 def write_label(path: Path, label_zyx: np.ndarray, geometry: Geometry) -> None:
@@ -139,7 +152,7 @@ def write_map(path: Path, map_zyx: np.ndarray, geometry: Geometry) -> None:
 
 def read_map(path: Path) -> tuple[np.ndarray, Geometry]:
     """Read what `write_map` wrote: float32 (Z, Y, X), 0 to 1."""
-    array, geometry = _read(path)
+    array, geometry, _ = _read(path)
     return (_from_steps(array[0]) if array.dtype == np.uint8 else array[0].astype(np.float32)), geometry
 
 
@@ -156,9 +169,15 @@ def write_image(path: Path, array_czyx: np.ndarray, geometry: Geometry) -> None:
 
 def read_stored(path: Path, *, split_fourth_axis: bool = False) -> tuple[np.ndarray, Geometry]:
     """Read an image in its own number type as (C, Z, Y, X): for lossless rewriting, `read_volume` is for looking."""
-    array, geometry = _read(path, split_fourth_axis=split_fourth_axis)
-    check_finite(path, array)
+    array, geometry, _ = _read(path, split_fourth_axis=split_fourth_axis)
     return array, geometry
+
+
+def read_stored_as(
+    path: Path, policy: ReadPolicy, *, split_fourth_axis: bool = False
+) -> tuple[np.ndarray, Geometry, Repairs]:
+    """Read an image as `read_stored` does, mended as the policy says, and say what was mended."""
+    return _read(path, split_fourth_axis=split_fourth_axis, policy=policy)
 
 
 def voxel_hash(array_czyx: np.ndarray) -> str:
@@ -173,6 +192,29 @@ def voxel_hash(array_czyx: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def placed_voxel_hash(array_czyx: np.ndarray, geometry: Geometry) -> str:
+    """Compute `voxel_hash` with the axes brought into patient order, each running towards left, posterior, superior.
+
+    One image that is stored with turned or exchanged axes gives one hash, as long as its direction says so.
+    """
+    direction_xyz = np.reshape(geometry.direction, (3, 3))
+    order = _patient_axes(direction_xyz)
+    placed = array_czyx
+    for axis_xyz in range(3):
+        if direction_xyz[order.index(axis_xyz), axis_xyz] < 0:
+            placed = np.flip(placed, axis=3 - axis_xyz)
+    # order[i]: the array's (x, y, z) axis that runs along the patient's axis i; the array's last axis is x.
+    wanted = [3 - order[2], 3 - order[1], 3 - order[0]]
+    return voxel_hash(placed.transpose(0, *wanted))
+
+
+def _patient_axes(direction_xyz: np.ndarray) -> list[int]:
+    """Assign to each patient axis the array axis that runs most along it, each once."""
+    strength = np.abs(direction_xyz)
+    best = max(permutations(range(3)), key=lambda axes: sum(strength[i, axis] for i, axis in enumerate(axes)))
+    return list(best)
+
+
 def _label_type(high: int) -> type[np.unsignedinteger]:
     return np.uint8 if high <= np.iinfo(np.uint8).max else np.uint16
 
@@ -181,13 +223,35 @@ def _from_steps(steps: np.ndarray) -> np.ndarray:
     return steps.astype(np.float32) / np.float32(MAP_LEVELS)
 
 
-def _read(path: Path, *, split_fourth_axis: bool = False) -> tuple[np.ndarray, Geometry]:
+def _read(
+    path: Path, *, split_fourth_axis: bool = False, policy: ReadPolicy = STRICT
+) -> tuple[np.ndarray, Geometry, Repairs]:
     if file_ending(path) in PICTURE_ENDINGS:
-        array = read_picture(path)[:, None]
-        return array, Geometry(shape_zyx=(1, array.shape[2], array.shape[3]))
+        values, repairs = mend_nonfinite(path, read_picture(path)[:, None], policy)
+        return values, Geometry(shape_zyx=(1, values.shape[2], values.shape[3])), repairs
+    facts = check_content(path, policy)
+    if facts is not None and facts.needs_mending:
+        array, geometry, repairs = read_values(path), facts.geometry, facts.repairs
+    else:
+        array, geometry, repairs = (*_read_with_simpleitk(path), Repairs())
+        if facts is not None and (difference := facts.geometry.mismatch(geometry)):
+            raise InputError(
+                f"{path} is placed differently by its header and by the library that nnU-Net reads it with "
+                f"({difference}); write it anew with your image viewer"
+            )
+    # Whatever the axes before the last three are called, they count volumes.
+    array = array.reshape(-1, *geometry.shape_zyx)
+    if array.shape[0] != 1 and not split_fourth_axis:
+        raise InputError(f"{path} is 4D with {array.shape[0]} volumes; save each channel as a file of its own")
+    values, mended = mend_nonfinite(path, array, policy)
+    if mended:
+        repairs = replace(repairs, nonfinite_voxels=mended.nonfinite_voxels, nonfinite_set_to=mended.nonfinite_set_to)
+    return values, geometry, repairs
+
+
+def _read_with_simpleitk(path: Path) -> tuple[np.ndarray, Geometry]:
     import SimpleITK
 
-    check_content(path)
     try:
         image = SimpleITK.ReadImage(str(path))
     except RuntimeError as error:
@@ -200,18 +264,17 @@ def _read(path: Path, *, split_fourth_axis: bool = False) -> tuple[np.ndarray, G
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise InputError(
             f"{path} has {image.GetNumberOfComponentsPerPixel()} values a voxel; export one file a channel"
+            + (", or the segmentation as one label map" if path.name.lower().endswith(".seg.nrrd") else "")
         )
     dimension = image.GetDimension()
     array = SimpleITK.GetArrayFromImage(image)
     if np.iscomplexobj(array):
         raise InputError(f"{path} holds complex voxels; export the magnitude")
     if dimension == 4:
-        if not (split_fourth_axis or array.shape[0] == 1):
-            raise InputError(f"{path} is 4D with {array.shape[0]} volumes; save each channel as a file of its own")
         return array, _geometry(image[:, :, :, 0])
     if dimension not in (2, 3):
         raise InputError(f"{path} has {dimension} axes; an image has 3")
-    return (array[None] if dimension == 3 else array[None, None]), _geometry(image)
+    return array, _geometry(image)
 
 
 def _geometry(image) -> Geometry:  # type: ignore[no-untyped-def]  # SimpleITK has no types
@@ -248,7 +311,7 @@ def _write(path: Path, array: np.ndarray, geometry: Geometry) -> None:
                 write_picture(temporary, channels[:, 0])
             else:
                 _write_volume(temporary, array, geometry)
-            back, geometry_back = _read(temporary)
+            back, geometry_back, _ = _read(temporary)
         except (InputError, OSError, RuntimeError) as error:
             problem = str(error).strip().splitlines()[-1]
         else:

@@ -9,7 +9,9 @@ from nnunet_sam2.cohort.convert import ConvertOptions, convert
 from nnunet_sam2.cohort.labels import parse_labels
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import new_dataset_folders
+from nnunet_sam2.nifti import MOST_DEGREES
 from nnunet_sam2.progress import say
+from nnunet_sam2.repairs import ERROR, FORM_CHOICES, NONFINITE_CHOICES, ReadPolicy
 from nnunet_sam2.trainers.discovery import require_nnunet
 
 
@@ -34,6 +36,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patient-pattern", metavar="REGEX", help="what of a case id names its patient (first group)")
     parser.add_argument("--test-as-unlabelled", action="store_true", help="use test images without label as unlabelled")
     parser.add_argument("--allow-empty", action="store_true", help="accept labelled cases without foreground")
+    parser.add_argument(
+        "--nan",
+        choices=NONFINITE_CHOICES,
+        default=ERROR,
+        help="NaN and infinite voxels of images: refuse them, or set them to zero or to the file's least finite value, "
+        "counted in cohort.json (default: error)",
+    )
+    parser.add_argument(
+        "--fix-geometry",
+        action="store_true",
+        help=f"put axes that are not at right angles at the nearest ones, up to {MOST_DEGREES:g} degrees; the angle is "
+        "printed and kept in cohort.json",
+    )
+    parser.add_argument(
+        "--form",
+        choices=FORM_CHOICES,
+        help="which placement to believe where a NIfTI file's qform and sform contradict each other (default: refuse)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset if this command made it before")
 
 
@@ -58,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         test_as_unlabelled=args.test_as_unlabelled,
         allow_empty=args.allow_empty,
         overwrite=args.overwrite,
+        policy=ReadPolicy(nonfinite=args.nan, fix_geometry=args.fix_geometry, form=args.form),
     )
     cohort = convert(args.source, folders, options)
     classes = ", ".join(f"{name}={value}" for name, value in cohort.labels.items() if name != "background")

@@ -12,14 +12,13 @@ from nnunet_sam2.cohort.cohort import Role
 from nnunet_sam2.cohort.labels import LabelTable
 from nnunet_sam2.cohort.layouts import SourceCase
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.file_checks import PICTURE_ENDINGS, file_ending, is_plain_nifti_gz, nifti_form_difference_mm
+from nnunet_sam2.file_checks import PICTURE_ENDINGS, file_ending
 from nnunet_sam2.geometry import Geometry
+from nnunet_sam2.nifti import is_plain_nifti_gz
 from nnunet_sam2.pictures import picture_fits_png
 from nnunet_sam2.progress import track
-from nnunet_sam2.volumes import read_label, read_stored, voxel_hash
-
-FORM_TOLERANCE_MM = 1.0
-"""Distance of the corners by qform and by sform above which a NIfTI file gets a note."""
+from nnunet_sam2.repairs import STRICT, ReadPolicy, Repairs
+from nnunet_sam2.volumes import placed_voxel_hash, read_label_as, read_stored_as, voxel_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +32,16 @@ class CheckedCase:
     fits_png: bool
     geometry: Geometry
     voxel_hash: str
+    placed_hash: str
+    """Hash of the voxels in patient order: equal for one image however its axes are stored."""
     label_values: frozenset[int]
     """Foreground values in the label or hidden label, as in the source's file."""
     copy_images: tuple[bool, ...]
     """Whether each image file can be taken byte for byte."""
     copy_label: bool
     notes: tuple[str, ...] = field(default=())
+    repairs: dict[str, Repairs] = field(default_factory=dict)
+    """What was mended, by file name."""
 
     @property
     def label_file(self) -> Path:
@@ -55,11 +58,12 @@ def check_cases(
     table: LabelTable | None,
     *,
     allow_empty: bool,
+    policy: ReadPolicy = STRICT,
 ) -> list[CheckedCase]:
     """Read and check all cases, in order of their ids."""
     checked: list[CheckedCase] = []
     for case_id in track(sorted(cases), what="checking", total=len(cases)):
-        case = _check_case(cases[case_id], table)
+        case = _check_case(cases[case_id], table, policy)
         if checked:
             _check_same_kind(checked[0], case)
         foreground = case.label_values - ({_ignore_value(table)} if table else set())
@@ -79,17 +83,18 @@ def check_duplicates(
     first: dict[str, CheckedCase] = {}
     patients = dict(patient_of)
     for case in checked:
-        twin = first.setdefault(case.voxel_hash, case)
-        if twin is case:
-            continue
-        here, there = role_of[twin.case_id], role_of[case.case_id]
-        if here is not there:
-            raise InputError(
-                f"{twin.source.images[0]} ({here.value}) and {case.source.images[0]} ({there.value}) hold the same "
-                "voxels; remove one of them, an image has one role"
-            )
-        merged, gone = patients[twin.case_id], patients[case.case_id]
-        patients = {case_id: merged if patient == gone else patient for case_id, patient in patients.items()}
+        for key in (case.voxel_hash, case.placed_hash):
+            twin = first.setdefault(key, case)
+            if twin is case:
+                continue
+            here, there = role_of[twin.case_id], role_of[case.case_id]
+            if here is not there:
+                raise InputError(
+                    f"{twin.source.images[0]} ({here.value}) and {case.source.images[0]} ({there.value}) hold the same "
+                    "voxels; remove one of them, an image has one role"
+                )
+            merged, gone = patients[twin.case_id], patients[case.case_id]
+            patients = {case_id: merged if patient == gone else patient for case_id, patient in patients.items()}
     return patients
 
 
@@ -99,11 +104,14 @@ def _ignore_value(table: LabelTable | None) -> int:
     return next(source for source, target in table.source_values.items() if target == value)
 
 
-def _check_case(case: SourceCase, table: LabelTable | None) -> CheckedCase:
+def _check_case(case: SourceCase, table: LabelTable | None, policy: ReadPolicy) -> CheckedCase:
     arrays: list[np.ndarray] = []
     geometries: list[Geometry] = []
+    repairs: dict[str, Repairs] = {}
     for path in case.images:
-        array, geometry = read_stored(path, split_fourth_axis=case.split_fourth_axis)
+        array, geometry, mended = read_stored_as(path, policy, split_fourth_axis=case.split_fourth_axis)
+        if mended:
+            repairs[path.name] = mended
         if geometries and (difference := geometries[0].mismatch(geometry)):
             raise InputError(
                 f"{case.images[0]} and {path} are channels of one image but differ in {difference}; resample one"
@@ -111,7 +119,10 @@ def _check_case(case: SourceCase, table: LabelTable | None) -> CheckedCase:
         arrays.append(array)
         geometries.append(geometry)
     geometry = geometries[0]
-    values, copy_label = _check_label(case, geometry, table)
+    values, copy_label, mended = _check_label(case, geometry, table, policy)
+    label_file = case.label or case.hidden_label
+    if mended and label_file is not None:
+        repairs[f"{label_file.parent.name}/{label_file.name}"] = mended
     picture = file_ending(case.images[0]) in PICTURE_ENDINGS
     stacked = np.concatenate([array.astype(np.float32) for array in arrays])
     if not np.isfinite(stacked).all():
@@ -119,9 +130,8 @@ def _check_case(case: SourceCase, table: LabelTable | None) -> CheckedCase:
     notes = []
     if stacked.min() == stacked.max():
         notes.append(f"{case.images[0]} is constant: every voxel is {stacked.min():g}")
-    for path in case.images:
-        if file_ending(path) in (".nii", ".nii.gz") and (d := nifti_form_difference_mm(path)) > FORM_TOLERANCE_MM:
-            notes.append(f"{path} has a qform and a sform that lie {d:.1f} mm apart; it is read as nnU-Net reads it")
+    for name, mended in repairs.items():
+        notes += mended.notes(f"case {case.case_id}, {name}")
     return CheckedCase(
         case_id=case.case_id,
         source=case,
@@ -130,22 +140,26 @@ def _check_case(case: SourceCase, table: LabelTable | None) -> CheckedCase:
         fits_png=picture and all(picture_fits_png(array) for array in arrays),
         geometry=geometry,
         voxel_hash=voxel_hash(stacked),
+        placed_hash=placed_voxel_hash(stacked, geometry),
         label_values=values,
         copy_images=tuple(
-            not picture and is_plain_nifti_gz(path) and _same_for_nnunet(geometry, own)
+            not picture and is_plain_nifti_gz(path) and path.name not in repairs and _same_for_nnunet(geometry, own)
             for path, own in zip(case.images, geometries, strict=True)
         ),
         copy_label=copy_label,
         notes=tuple(notes),
+        repairs=repairs,
     )
 
 
-def _check_label(case: SourceCase, geometry: Geometry, table: LabelTable | None) -> tuple[frozenset[int], bool]:
+def _check_label(
+    case: SourceCase, geometry: Geometry, table: LabelTable | None, policy: ReadPolicy
+) -> tuple[frozenset[int], bool, Repairs]:
     path = case.label or case.hidden_label
     if path is None:
-        return frozenset(), False
+        return frozenset(), False, Repairs()
     allowed = None if table is None else table.source_values
-    label_zyx, own = read_label(path, allowed=allowed)
+    label_zyx, own, repairs = read_label_as(path, policy, allowed=allowed)
     if difference := geometry.mismatch(own):
         raise InputError(
             f"{case.images[0]} and its label {path} differ in {difference}; resample the label onto the image's grid"
@@ -154,11 +168,12 @@ def _check_label(case: SourceCase, geometry: Geometry, table: LabelTable | None)
     as_it_is = (
         file_ending(path) == ".nii.gz"
         and is_plain_nifti_gz(path)
-        and read_stored(path)[0].dtype.kind in "iu"
+        and not repairs
+        and read_stored_as(path, policy)[0].dtype.kind in "iu"
         and _same_for_nnunet(geometry, own)
         and not (table and table.changes_values)
     )
-    return values, as_it_is
+    return values, as_it_is, repairs
 
 
 def _same_for_nnunet(one: Geometry, other: Geometry) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from nnunet_sam2.cohort.names import checked_case_id, within_root
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.storage import read_json, write_json
@@ -20,6 +22,9 @@ ADDED_LABELS = "labelsAdded"
 """Folder of human labels that came after the dataset was made; no file in it is ever changed."""
 IGNORE = "ignore"
 """Name of nnU-Net's ignore label in the label table."""
+
+
+_WAY_OUT = "convert the source again"
 
 
 class Role(str, Enum):
@@ -59,6 +64,7 @@ class Addition:
     def from_json(cls, value: dict[str, Any]) -> Addition:
         """Rebuild an addition from `to_json`."""
         classes = value["classes"]
+        within_root(value["label"])
         return cls(**{**value, "classes": None if classes is None else tuple(classes)})
 
 
@@ -77,9 +83,20 @@ class Case:
     voxel_hash: str
     added: Addition | None = None
     """The human label that came later; the case was unlabelled before, and plans and validation do not know it."""
+    placed_hash: str | None = None
+    """Hash of the voxels in patient order; None in a cohort of an earlier version."""
+    file_hashes: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of each file as it was written, by its path; empty in a cohort of an earlier version."""
+    repairs: Mapping[str, Any] = field(default_factory=dict)
+    """What the user had mended in the source's files, by file."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the case as a JSON value."""
+        optional = {
+            "placed_hash": self.placed_hash,
+            "file_hashes": dict(self.file_hashes),
+            "repairs": dict(self.repairs),
+        }
         return {
             "id": self.case_id,
             "role": self.role.value,
@@ -90,21 +107,32 @@ class Case:
             "geometry": self.geometry.to_json(),
             "voxel_hash": self.voxel_hash,
             **({"added": self.added.to_json()} if self.added else {}),
+            **{key: value for key, value in optional.items() if value},
         }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Case:
-        """Rebuild a case from `to_json`."""
+    def from_json(cls, value: Any) -> Case:
+        """Rebuild a case from `to_json`; raise `InputError` for an id or a path that this package would not write."""
+        case_id = checked_case_id(value["id"])
+        images = tuple(within_root(name) for name in value["images"])
+        label, hidden = (
+            None if value.get(key) is None else within_root(value[key]) for key in ("label", "hidden_label")
+        )
+        if not images:
+            raise InputError(f"case {case_id} has no images")
         return cls(
-            case_id=value["id"],
+            case_id=case_id,
             role=Role(value["role"]),
-            patient=value["patient"],
-            images=tuple(value["images"]),
-            label=value["label"],
-            hidden_label=value.get("hidden_label"),
+            patient=str(value["patient"]),
+            images=images,
+            label=label,
+            hidden_label=hidden,
             geometry=Geometry.from_json(value["geometry"]),
-            voxel_hash=value["voxel_hash"],
+            voxel_hash=str(value["voxel_hash"]),
             added=Addition.from_json(value["added"]) if value.get("added") else None,
+            placed_hash=value.get("placed_hash"),
+            file_hashes={within_root(name): str(sha) for name, sha in value.get("file_hashes", {}).items()},
+            repairs=dict(value.get("repairs", {})),
         )
 
     @property
@@ -212,16 +240,54 @@ class Cohort:
         if not path.is_file():
             raise InputError(f"{path} is missing; make the dataset with: nnunet_sam2 convert SOURCE -d ID -n NAME")
         value = read_json(path)
-        if value.get("format") != FORMAT_VERSION:
-            raise InputError(f"{path} has format {value.get('format')!r}, this version reads {FORMAT_VERSION}")
-        order = value.get("regions_class_order")
-        return cls(
-            name=value["name"],
-            root=root,
-            channels=tuple(value["channels"]),
-            labels=value["labels"],
-            regions_class_order=tuple(order) if order else None,
-            file_ending=value["file_ending"],
-            cases=tuple(Case.from_json(case) for case in value["cases"]),
-            provenance=value["provenance"],
-        )
+        if not isinstance(value, dict) or value.get("format") != FORMAT_VERSION:
+            found = value.get("format") if isinstance(value, dict) else None
+            raise InputError(f"{path} has format {found!r}, this version reads {FORMAT_VERSION}")
+        try:
+            cohort = cls(
+                name=str(value["name"]),
+                root=root,
+                channels=tuple(str(name) for name in value["channels"]),
+                labels=_checked_labels(value["labels"]),
+                regions_class_order=tuple(int(v) for v in value.get("regions_class_order") or ()) or None,
+                file_ending=str(value["file_ending"]),
+                cases=tuple(Case.from_json(case) for case in value["cases"]),
+                provenance=dict(value["provenance"]),
+            )
+        except KeyError as error:
+            raise InputError(f"{path} lacks the field {error}; {_WAY_OUT}") from None
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise InputError(f"{path} is damaged ({error}); {_WAY_OUT}") from None
+        _refuse_leaks(path, cohort.cases)
+        return cohort
+
+
+def _checked_labels(value: Any) -> dict[str, int | list[int]]:
+    labels = {str(name): entry for name, entry in value.items()}
+    for name, entry in labels.items():
+        for number in entry if isinstance(entry, list) else [entry]:
+            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= 65535:
+                raise InputError(f"label {name} has value {entry!r}")
+    return labels
+
+
+def _refuse_leaks(path: Path, cases: Iterable[Case]) -> None:
+    """Refuse two cases of one id, and one image or one patient on both sides of the test."""
+    role_of_voxels: dict[str, Case] = {}
+    folded: set[str] = set()
+    tested: dict[str, set[bool]] = {}
+    for case in (case.as_planned for case in cases):
+        if case.case_id.lower() in folded:
+            raise InputError(f"{path} names case {case.case_id} twice; {_WAY_OUT}")
+        folded.add(case.case_id.lower())
+        for key in filter(None, (case.voxel_hash, case.placed_hash)):
+            twin = role_of_voxels.setdefault(key, case)
+            if twin.role is not case.role:
+                raise InputError(
+                    f"{path}: {twin.case_id} ({twin.role.value}) and {case.case_id} ({case.role.value}) hold the same "
+                    f"voxels; {_WAY_OUT}"
+                )
+        tested.setdefault(case.patient, set()).add(case.role is Role.TEST)
+    leaked = sorted(patient for patient, sides in tested.items() if len(sides) > 1)
+    if leaked:
+        raise InputError(f"{path}: patient {leaked[0]} has cases both in test and in training; {_WAY_OUT}")

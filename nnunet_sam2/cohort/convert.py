@@ -15,12 +15,13 @@ from nnunet_sam2.cohort.cohort import COHORT_FILE, Cohort, Role
 from nnunet_sam2.cohort.labels import LabelTable, LabelValue, make_label_table, table_from_values
 from nnunet_sam2.cohort.layouts import Found, SourceCase, find
 from nnunet_sam2.cohort.layouts.folder import TEST
-from nnunet_sam2.cohort.layouts.found import check_case_id
+from nnunet_sam2.cohort.names import checked_case_id
 from nnunet_sam2.cohort.roles import choose_cases, patients_of, suspect_patients
 from nnunet_sam2.cohort.write import choose_ending, write_dataset
 from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import say
+from nnunet_sam2.repairs import STRICT, ReadPolicy
 from nnunet_sam2.storage import TEMPORARY_MARK, atomic_folder
 
 _TEST_DRAW, _LABELLED_DRAW, _UNLABELLED_DRAW = 1, 2, 3
@@ -49,6 +50,8 @@ class ConvertOptions:
     allow_empty: bool = False
     """Accept labelled cases without any foreground."""
     overwrite: bool = False
+    policy: ReadPolicy = STRICT
+    """What is mended while reading; nothing unless asked for."""
 
     def __post_init__(self) -> None:
         for name, least in (("labelled", 1), ("unlabelled", 1), ("test_cases", 0), ("seed", 0)):
@@ -84,7 +87,7 @@ def convert(source: Path, folders: DatasetFolders, options: ConvertOptions) -> C
     assignment = assign_roles(cases, options)
     cases = {case_id: cases[case_id] for case_id in sorted(assignment.role_of)}
     table = _declared_table(found, options)
-    checked = check_cases(cases, assignment.role_of, table, allow_empty=options.allow_empty)
+    checked = check_cases(cases, assignment.role_of, table, allow_empty=options.allow_empty, policy=options.policy)
     if table is None:
         table = table_from_values({value: case.label_file for case in checked for value in case.label_values})
     patient_of = check_duplicates(checked, assignment.role_of, assignment.patient_of)
@@ -112,7 +115,13 @@ def convert(source: Path, folders: DatasetFolders, options: ConvertOptions) -> C
         _remove_leftovers(folders)
         with atomic_folder(folders.raw) as temporary:
             entries = write_dataset(
-                temporary, checked, role_of=assignment.role_of, patient_of=patient_of, table=table, cohort=cohort
+                temporary,
+                checked,
+                role_of=assignment.role_of,
+                patient_of=patient_of,
+                table=table,
+                cohort=cohort,
+                policy=options.policy,
             )
             dataclasses.replace(cohort, root=temporary, cases=entries).save()
     except OSError as error:
@@ -156,7 +165,7 @@ def collect(source: Path, options: ConvertOptions) -> tuple[Found, dict[str, Sou
     cases: dict[str, SourceCase] = {}
     folded: dict[str, SourceCase] = {}
     for case in listed:
-        check_case_id(case.case_id, case.images[0])
+        checked_case_id(case.case_id, where=case.images[0])
         twin = folded.get(case.case_id.lower())
         if twin is not None:
             raise InputError(f"{twin.images[0]} and {case.images[0]} are both case {case.case_id}; rename one of them")

@@ -15,8 +15,9 @@ from nnunet_sam2.cohort.cohort import Case, Cohort, Role
 from nnunet_sam2.cohort.labels import LabelTable
 from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.progress import track
+from nnunet_sam2.repairs import STRICT, ReadPolicy
 from nnunet_sam2.storage import file_hash, write_json
-from nnunet_sam2.volumes import read_label, read_stored, write_image, write_label
+from nnunet_sam2.volumes import read_label_as, read_stored_as, write_image, write_label
 
 VOLUME_ENDING = ".nii.gz"
 PICTURE_READER = "NaturalImage2DIO"
@@ -43,6 +44,7 @@ def write_dataset(
     patient_of: Mapping[str, str],
     table: LabelTable,
     cohort: Cohort,
+    policy: ReadPolicy = STRICT,
 ) -> tuple[Case, ...]:
     """Write images, labels and ``dataset.json`` under ``root`` and return the cases.
 
@@ -52,11 +54,11 @@ def write_dataset(
     for case in track(checked, what="writing", total=len(checked)):
         role = role_of[case.case_id]
         images_folder, labels_folder = _FOLDERS[role]
-        images = _write_images(root, images_folder, case, cohort.file_ending)
+        images = _write_images(root, images_folder, case, cohort.file_ending, policy)
         label = None
         if case.source.label or case.source.hidden_label:
             label = f"{labels_folder}/{case.case_id}{cohort.file_ending}"
-            _write_label(root / label, case, table)
+            _write_label(root / label, case, table, policy)
         cases.append(
             Case(
                 case_id=case.case_id,
@@ -67,6 +69,9 @@ def write_dataset(
                 hidden_label=label if role is Role.UNLABELLED else None,
                 geometry=case.geometry,
                 voxel_hash=case.voxel_hash,
+                placed_hash=case.placed_hash,
+                file_hashes={name: file_hash(root / name) for name in (*images, *([label] if label else []))},
+                repairs={name: mended.to_json() for name, mended in case.repairs.items()},
             )
         )
     write_json(root / "dataset.json", dataset_json(cohort, sum(role_of[c.case_id] is Role.LABELLED for c in checked)))
@@ -89,14 +94,14 @@ def dataset_json(cohort: Cohort, labelled: int) -> dict[str, Any]:
     return value
 
 
-def _write_images(root: Path, folder: str, case: CheckedCase, ending: str) -> tuple[str, ...]:
+def _write_images(root: Path, folder: str, case: CheckedCase, ending: str, policy: ReadPolicy) -> tuple[str, ...]:
     written: list[str] = []
     for path, copy in zip(case.source.images, case.copy_images, strict=True):
         if copy:
             written.append(f"{folder}/{case.case_id}_{len(written):04d}{ending}")
             _copy(path, root / written[-1])
             continue
-        array_czyx, _ = read_stored(path, split_fourth_axis=case.source.split_fourth_axis)
+        array_czyx, _, _ = read_stored_as(path, policy, split_fourth_axis=case.source.split_fourth_axis)
         parts = [array_czyx] if case.picture else list(array_czyx[:, None])
         for part in parts:
             written.append(f"{folder}/{case.case_id}_{len(written):04d}{ending}")
@@ -104,14 +109,14 @@ def _write_images(root: Path, folder: str, case: CheckedCase, ending: str) -> tu
     return tuple(written)
 
 
-def _write_label(target: Path, case: CheckedCase, table: LabelTable) -> None:
+def _write_label(target: Path, case: CheckedCase, table: LabelTable, policy: ReadPolicy) -> None:
     source = case.source.label or case.source.hidden_label
     if source is None:
         return
     if case.copy_label:
         _copy(source, target)
         return
-    label_zyx, _ = read_label(source, allowed=table.source_values)
+    label_zyx, _, _ = read_label_as(source, policy, allowed=table.source_values)
     write_label(target, np.asarray(table.translate(label_zyx)), case.geometry)
 
 

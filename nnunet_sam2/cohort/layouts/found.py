@@ -11,10 +11,6 @@ from nnunet_sam2.cohort.labels import LabelValue
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.file_checks import is_image_file, strip_ending
 
-CASE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_MAX_ID_LENGTH = 120
-_RESERVED = {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(1, 10)), *(f"lpt{i}" for i in range(1, 10))}
-
 
 @dataclass(frozen=True, kw_only=True)
 class SourceCase:
@@ -40,20 +36,6 @@ class Found:
     """Channel names that the layout knows; None leaves them to the user or the default."""
     labels: Mapping[str, LabelValue] | None = None
     regions_class_order: tuple[int, ...] | None = None
-
-
-def check_case_id(case_id: str, where: Path) -> None:
-    """Refuse an id that some file system or nnU-Net would stumble over."""
-    if (
-        not CASE_ID.fullmatch(case_id)
-        or len(case_id) > _MAX_ID_LENGTH
-        or case_id.split(".")[0].lower() in _RESERVED
-        or case_id.endswith(".")
-    ):
-        raise InputError(
-            f"{where}: {case_id!r} cannot be a case id (letters, digits, '_', '-', '.', not at the start; at most "
-            f"{_MAX_ID_LENGTH}; no reserved name); rename the file"
-        )
 
 
 def image_files(folder: Path) -> dict[str, Path]:
