@@ -62,3 +62,14 @@ def test_splits_are_made_once_and_then_kept(tmp_path: Path) -> None:
 def test_one_case_gives_no_splits_and_no_file(tmp_path: Path) -> None:
     assert read_or_make_splits(tmp_path / "splits_final.json", None, ["a"]) == []
     assert not (tmp_path / "splits_final.json").exists()
+
+
+@pytest.mark.parametrize("fold", [0, "all"])
+def test_cases_that_people_labelled_later_train_in_every_fold_and_are_validated_on_in_none(fold: int | str) -> None:
+    splits = [{"train": ["b", "c"], "val": ["a"]}]
+    split = choose_split(fold, available="abcpx", pseudo_cases=("p",), human_cases=("x",), splits=splits)
+    assert "x" in split.labelled
+    assert "x" not in split.validation
+    assert split.pseudo == ("p",)
+    with pytest.raises(InputError, match="later labelled"):
+        choose_split(fold, available="abcp", human_cases=("x",), splits=splits)

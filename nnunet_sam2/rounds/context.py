@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nnunet_sam2.cohort.cohort import Cohort
+from nnunet_sam2.cohort.cohort import Cohort, Role
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.labeller import require_memory
@@ -45,6 +45,7 @@ class RunContext:
 
     folders: DatasetFolders
     cohort: Cohort
+    """As it was planned: human labels that came later are unlabelled cases of it."""
     options: RunOptions
     ledger: Ledger
     folder: Path
@@ -83,9 +84,28 @@ class RunContext:
     def support_ids(self) -> list[str]:
         """Return the labelled cases that prompt SAM 2."""
         labelled = [c.case_id for c in self.cohort.labelled]
-        if self.options.supports == "all":
-            return labelled
-        return [case_id for case_id in labelled if case_id not in set(self.validation_ids)]
+        if self.options.supports != "all":
+            labelled = [case_id for case_id in labelled if case_id not in set(self.validation_ids)]
+        return [*labelled, *self._added_supports]
+
+    @cached_property
+    def support_cohort(self) -> Cohort:
+        """Return the cohort with the labels that prompt SAM 2: those that came before the run began as well."""
+        added = {c.case_id: c for c in Cohort.load(self.cohort.root).labelled if c.case_id in self._added_supports}
+        return replace(self.cohort, cases=tuple(added.get(c.case_id, c) for c in self.cohort.cases))
+
+    @cached_property
+    def _added_supports(self) -> list[str]:
+        """Human labels that came after the dataset was made and before this run: SAM 2's labels are made once a run."""
+        held_out = {self.cohort.case(case_id).patient for case_id in self.validation_ids}
+        added = [
+            c.case_id
+            for c in Cohort.load(self.cohort.root).labelled
+            if c.added and c.patient not in held_out and self.cohort.case(c.case_id).role is Role.UNLABELLED
+        ]
+        first = [e for e in self.ledger.events if e["event"] == "started" and e["stage"] == "setup/sam2_quality"]
+        known = set(first[0]["inputs"].get("supports", ())) if first else set(added)
+        return [case_id for case_id in added if case_id in known]
 
     @property
     def fold(self) -> int | str:
@@ -109,8 +129,9 @@ class RunContext:
         """Return the settings of a round's training."""
         settings = self.options.training(nnunet.light_settings(self.plans, self.options.configuration), final=final)
         warm_start = None
-        if number > (1 if self.options.skip_baseline else 0) and not final:
-            before = self.options.round_configuration(number - 1)
+        trained = self._trained_before(number)
+        if trained is not None and not final:
+            before = self.options.round_configuration(trained)
             folder = nnunet.model_folder(self.folders, before) / f"fold_{self.fold}"
             warm_start = str((folder / "checkpoint_final.pth").relative_to(self.folders.results))
         return replace(
@@ -123,6 +144,35 @@ class RunContext:
     def round_folder(self, number: int) -> Path:
         """Return the folder of a round."""
         return self.folder / f"r{number:02d}"
+
+    def next_number(self, number: int, *, final: bool = False) -> int:
+        """Return the number after ``number`` that no final training has, or that of the final training that follows.
+
+        A run that goes on after its end, because people decided something, keeps the numbers that it has used.
+        """
+        number += 1
+        while self._is_final(number) is not None and self._is_final(number) is not final:
+            number += 1
+        return number
+
+    def configuration_name(self, number: int, *, final: bool) -> str:
+        """Return the name of a round's configuration; a second final training has a name of its own."""
+        name = self.options.round_configuration(number, final=final)
+        earlier = sum(self._is_final(n) is True for n in range(number)) if final else 0
+        return f"{name}{earlier + 1}" if earlier else name
+
+    def _is_final(self, number: int) -> bool | None:
+        """Return whether ``number`` is a final training's, None where it is free."""
+        for event in reversed(self.ledger.events):
+            if event["event"] == "done" and event["stage"] == f"r{number:02d}/data":
+                return bool(event["info"].get("final", False))
+        return None
+
+    def _trained_before(self, number: int) -> int | None:
+        """Return the last round before ``number`` that was trained, final trainings left out."""
+        trained = {e["stage"] for e in self.ledger.events if e["event"] == "done"}
+        found = [n for n in range(number) if f"r{n:02d}/train" in trained and self._is_final(n) is not True]
+        return max(found, default=None)
 
     def digest(self, stage: str) -> str:
         """Return the digest of a stage that was done."""

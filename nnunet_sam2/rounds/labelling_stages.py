@@ -17,6 +17,7 @@ from nnunet_sam2.labelling.quality.record import calibration_of, read_estimates
 from nnunet_sam2.labelling.records import record_path
 from nnunet_sam2.labelling.registry import make_strategy
 from nnunet_sam2.rounds.context import RunContext
+from nnunet_sam2.rounds.holds import Holds, holds_to_json
 from nnunet_sam2.rounds.ledger import StageResult
 from nnunet_sam2.rounds.pseudo_labels import Fused, fuse_cases
 from nnunet_sam2.rounds.training_stages import Student
@@ -139,8 +140,9 @@ class LabellingStages:
         refined: Path | None,
         *,
         previous: Fused | None,
+        holds: Holds | None = None,
     ) -> Fused:
-        """Fuse SAM 2's labels with the student's by their quality on human labels, voxel by voxel."""
+        """Fuse SAM 2's labels with the student's by their quality on human labels, and apply people's word."""
         return self._fuse(
             f"r{number:02d}/fuse",
             self.run.round_folder(number) / "labels",
@@ -148,11 +150,12 @@ class LabellingStages:
             student,
             refined,
             previous,
+            holds or {},
             info={"round": number},
             what=f"labels of round {number}",
         )
 
-    def finish(self, best: Student, supports: SupportLabels) -> Fused:
+    def finish(self, best: Student, supports: SupportLabels, *, holds: Holds | None = None) -> Fused:
         """Write the run's own labels: SAM 2's, fused with what the best round's model says (predicted before)."""
         return self._fuse(
             "finish/labels",
@@ -161,6 +164,7 @@ class LabellingStages:
             best,
             None,
             None,
+            holds or {},
             info={"best_round": best.number},
             what=f"final labels, with the model of round {best.number}",
         )
@@ -171,7 +175,7 @@ class LabellingStages:
 
         def work() -> StageResult:
             files = measure_folder(
-                self.run.cohort,
+                self.run.support_cohort,
                 cases,
                 support_ids=self.run.support_ids,
                 backend=self.run.backend,
@@ -204,6 +208,7 @@ class LabellingStages:
         student: Student | None,
         refined: Path | None,
         previous: Fused | None,
+        holds: Holds,
         *,
         info: Mapping[str, Any],
         what: str,
@@ -222,6 +227,7 @@ class LabellingStages:
             "sam2_quality": {str(v): q for v, q in supports.quality.items()},
             "validation": {str(v): q for v, q in validation.items()},
             "previous": previous.digest if previous else None,
+            **({"review": holds_to_json(holds)} if holds else {}),
         }
 
         def work() -> StageResult:
@@ -240,6 +246,8 @@ class LabellingStages:
                 student_seen=read_folder(self._judged(student), unlabelled) if student else None,
                 calibration=supports.calibration,
                 least_quality=least,
+                holds=holds,
+                run=self.run.folder,
             )
             return StageResult(files=fused.files(self.run.cohort.file_ending), info={**info, **fused.to_json()})
 
@@ -259,7 +267,7 @@ class LabellingStages:
     ) -> tuple[list[dict[str, Any]], tuple[Path, ...]]:
         settings = self.run.options.strategy_options if strategy == self.run.options.strategy else {}
         records = label_cases(
-            cohort=self.run.cohort,
+            cohort=self.run.support_cohort,
             case_ids=case_ids,
             support_ids=support_ids,
             strategy=make_strategy(strategy, settings),

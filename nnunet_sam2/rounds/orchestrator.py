@@ -20,6 +20,7 @@ from nnunet_sam2.rounds.nnunet import PLANS
 from nnunet_sam2.rounds.nnunet.plan import SPLITS_FILE
 from nnunet_sam2.rounds.options import RunOptions, describe_difference
 from nnunet_sam2.rounds.pseudo_labels import Fused
+from nnunet_sam2.rounds.round_review import RoundReview
 from nnunet_sam2.rounds.state import RunState, read_state, run_folder, state_of_events
 from nnunet_sam2.rounds.training_stages import Student, TrainingStages
 from nnunet_sam2.storage import read_json, remove_temporary_files
@@ -40,9 +41,10 @@ def run_loop(folders: DatasetFolders, options: RunOptions, *, report: Report | N
     Raises InputError where the cohort or the options cannot give a run, StageError where a stage fails. Whatever was
     finished before is kept, and the same call continues.
     """
-    cohort = Cohort.load(folders.raw)
+    # Human labels that came later join by the rounds' reviews: what was planned and done without them stays valid.
+    cohort = Cohort.load(folders.raw).as_planned()
     folder = run_folder(folders, options.run_name)
-    _refuse_unusable(folders, cohort, options)
+    refuse_unusable(folders, cohort, options)
     if not (folder / LEDGER_FILE).is_file():
         load_labeller(options, cache_dir=None)
     with only_run(folder):
@@ -56,7 +58,7 @@ def run_loop(folders: DatasetFolders, options: RunOptions, *, report: Report | N
 
 
 def _alternate(run: RunContext, report: Report) -> None:
-    options, sam2, nnunet = run.options, LabellingStages(run), TrainingStages(run)
+    options, sam2, nnunet, review = run.options, LabellingStages(run), TrainingStages(run), RoundReview(run)
     known = _stages_done(run.ledger)
     nnunet.prepare()
     support_labels = sam2.label_from_supports()
@@ -76,14 +78,19 @@ def _alternate(run: RunContext, report: Report) -> None:
     reason: StopReason | None = None
     number = 0
     while reason is None:
-        number += 1
+        number = run.next_number(number)
         known = _stages_done(run.ledger)
         if student is not None:
             nnunet.predict(student)
         refined = sam2.refine(number, student) if student is not None and number > 1 else None
-        labels = labels_of[number] = sam2.fuse(number, support_labels, student, refined, previous=labels)
+        labels = labels_of[number] = sam2.fuse(
+            number, support_labels, student, refined, previous=labels, holds=review.of(number)
+        )
         if not labels.used_cases:
             reason = StopReason.NOTHING_TO_LABEL
+            if review.more_after(number):
+                reason = None
+                continue
             break
         nnunet.make_data(number, labels=labels)
         student = students[number] = nnunet.train(number, warm_start=student)
@@ -98,6 +105,9 @@ def _alternate(run: RunContext, report: Report) -> None:
             worst_tenth_change=options.worst_tenth_change,
             validation_drop=options.validation_drop,
         )
+        if reason is not None and review.more_after(number):
+            say(f"{reason.value}, but people have had their word since round {number} began: another round follows")
+            reason = None
     if not outcomes:
         raise StageError(
             "SAM 2 found nothing in any unlabelled case and there is no baseline to go on with; "
@@ -107,14 +117,16 @@ def _alternate(run: RunContext, report: Report) -> None:
 
     if options.has_final and best > 0:
         # the labels of the best round, and the whole schedule that the rounds were too short for
-        last = max(students) + 1
-        nnunet.make_data(last, labels=labels_of[best], final=True)
+        last = run.next_number(number, final=True)
+        # Of the rounds that know people's last word, where there was one.
+        source = best_round([o for o in outcomes if o.number >= max(1, review.since(number))] or outcomes)
+        nnunet.make_data(last, labels=labels_of.get(source, labels_of[best]), final=True)
         students[last] = nnunet.train(last, warm_start=None, final=True)
         outcomes.append(RoundOutcome(number=last, change=None, validation_dice=students[last].validation_dice))
         best = best_round([o for o in outcomes if o.number in (best, last)])
 
     nnunet.predict(students[best])
-    sam2.finish(students[best], support_labels)
+    sam2.finish(students[best], support_labels, holds=review.of(number))
     run.ledger.append(
         "stopped",
         reason=reason.value,
@@ -138,7 +150,7 @@ def _describe(outcome: RoundOutcome, options: RunOptions) -> str:
     return " ".join(parts)
 
 
-def _refuse_unusable(folders: DatasetFolders, cohort: Cohort, options: RunOptions) -> None:
+def refuse_unusable(folders: DatasetFolders, cohort: Cohort, options: RunOptions) -> None:
     where = cohort.root
     if not cohort.labelled:
         raise InputError(f"{where} has no labelled case; convert at least one image with its label")

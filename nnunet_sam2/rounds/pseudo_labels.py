@@ -19,6 +19,7 @@ from nnunet_sam2.labelling.quality.features import CaseFeatures
 from nnunet_sam2.labelling.quality.trust import fused_estimate, judge, spread_quality, trusted_confidence
 from nnunet_sam2.progress import track
 from nnunet_sam2.rounds.convergence import Change, class_change, summarise_change
+from nnunet_sam2.rounds.holds import CaseHold, Holds, decide
 from nnunet_sam2.storage import write_json
 from nnunet_sam2.support.library import PROBABILITIES, read_probabilities
 from nnunet_sam2.volumes import read_label, write_label, write_map
@@ -51,6 +52,8 @@ class Fused:
     """Estimated Dice of every case and class of the fused labels; None where nothing is known."""
     distrusted: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Classes of used cases whose estimate is below the least: none of their voxels is learnt from."""
+    human_cases: tuple[str, ...] = ()
+    """Used cases whose whole label a person drew after the dataset was made; the trainer counts them as labelled."""
     digest: str = ""
 
     def files(self, file_ending: str) -> tuple[Path, ...]:
@@ -72,6 +75,7 @@ class Fused:
             "confident": self.confident,
             "estimates": _text_keys(self.estimates),
             "distrusted": {name: list(values) for name, values in self.distrusted.items()},
+            "human_cases": list(self.human_cases),
         }
 
     @classmethod
@@ -90,6 +94,7 @@ class Fused:
             confident=dict(value.get("confident", {})),
             estimates=_int_keys(value.get("estimates", {})),
             distrusted={name: tuple(values) for name, values in value.get("distrusted", {}).items()},
+            human_cases=tuple(value.get("human_cases", ())),
             digest=digest,
         )
 
@@ -131,6 +136,8 @@ def fuse_cases(
     student_seen: Mapping[str, CaseFeatures] | None = None,
     calibration: Calibration | None = None,
     least_quality: float = 0.0,
+    holds: Holds | None = None,
+    run: Path | None = None,
 ) -> Fused:
     """Fuse the sources of every unlabelled case into ``out`` and compare with the labels in ``previous``.
 
@@ -142,6 +149,9 @@ def fuse_cases(
     stands in place of the cohort's in the weights, and the case's confidence is scaled by what comes out. A class whose
     fused estimate is below ``least_quality`` is not learnt from in that case, and a case all of whose classes are so is
     left out.
+
+    ``holds`` is people's word, which outranks all of this: it is applied to the fused label, as `rounds.holds.decide`
+    says. ``run`` is the folder with the labels that were accepted.
     """
     values = cohort.class_values
     human = [read_label(cohort.label_path(case))[0] for case in cohort.labelled]
@@ -174,9 +184,9 @@ def fuse_cases(
             sources[STUDENT] = read_probabilities(student_probabilities / f"{name}.npz")
         own = {source: _of_case(quality[source], by_case.get(source, {}).get(name)) for source in sources}
         fused = fuse_sources(sources, values, quality=own, options=options)
-        voxels[name] = {v: int((fused.label_zyx == v).sum()) for v in values}
-        doubtful = (fused.label_zyx > 0) | (fused.confidence_zyx < 0.99)
-        trusted_zyx = fused.confidence_zyx
+        label_zyx, trusted_zyx = fused.label_zyx, fused.confidence_zyx
+        voxels[name] = _count(label_zyx, values)
+        in_doubt_zyx = fused.confidence_zyx < 0.99
         if any(name in table for table in by_case.values()):
             weights = {source: _weights(fused.record["sources"][source]) for source in sources}
             verdict = judge(fused_estimate(own, weights, voxels[name]), least_quality)
@@ -186,20 +196,44 @@ def fuse_cases(
                 left_out[name] = verdict.reason
             elif verdict.failed:
                 distrusted[name] = verdict.failed
-        write_label(out / f"{name}{ending}", fused.label_zyx, case.geometry)
+        hold = (holds or {}).get(name, CaseHold())
+        if hold != CaseHold():
+            decided = decide(
+                case,
+                hold,
+                run=run or out,
+                cohort=cohort,
+                label_zyx=label_zyx,
+                confidence_zyx=trusted_zyx,
+                prob_czyx=fused.prob_czyx,
+                estimate=estimates.get(name, {}),
+                left_out=left_out.pop(name, None),
+                distrusted=distrusted.pop(name, ()),
+            )
+            label_zyx, trusted_zyx = decided.label_zyx, decided.confidence_zyx
+            voxels[name], estimates[name] = _count(label_zyx, values), decided.estimate
+            if decided.left_out:
+                left_out[name] = decided.left_out
+            elif decided.distrusted:
+                distrusted[name] = decided.distrusted
+        doubtful = (label_zyx > 0) | in_doubt_zyx
+        write_label(out / f"{name}{ending}", label_zyx, case.geometry)
         write_map(out / CONFIDENCE / f"{name}{ending}", trusted_zyx, case.geometry)
         weights_of_doubtful = trusted_zyx[doubtful]
         confidence[name] = round(float(weights_of_doubtful.mean()), 4) if doubtful.any() else 1.0
         confident[name] = round(float((weights_of_doubtful >= CONFIDENT).mean()), 4) if doubtful.any() else 1.0
-        if not any(voxels[name].values()):
+        # A person who has settled every class has seen that there is nothing.
+        if not any(voxels[name].values()) and name not in left_out and not hold.settles(values):
             left_out[name] = "its label is empty: nnU-Net would learn it as background"
             distrusted.pop(name, None)
         if previous is not None:
             before, _ = read_label(previous / f"{name}{ending}")
-            changes[name] = class_change(before, fused.label_zyx, values)
+            changes[name] = class_change(before, label_zyx, values)
+    used = tuple(c.case_id for c in cohort.unlabelled if c.case_id not in left_out)
     result = Fused(
         folder=out,
-        used_cases=tuple(c.case_id for c in cohort.unlabelled if c.case_id not in left_out),
+        used_cases=used,
+        human_cases=tuple(name for name in used if (holds or {}).get(name, CaseHold()).whole_human),
         left_out=left_out,
         change=summarise_change(changes) if previous is not None else None,
         quality=quality,
@@ -236,6 +270,10 @@ def mean_dice_by_class(
 def _of_case(cohort: Mapping[int, float], case: DiceTable | None) -> DiceTable:
     """Return a case's own estimates; classes that they do not name have the cohort's."""
     return {value: dice if case is None or value not in case else case[value] for value, dice in cohort.items()}
+
+
+def _count(label_zyx: np.ndarray, values: Sequence[int]) -> dict[int, int]:
+    return {v: int((label_zyx == v).sum()) for v in values}
 
 
 def _weights(record: Mapping[str, Any]) -> dict[int, float]:

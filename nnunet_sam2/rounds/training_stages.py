@@ -74,7 +74,7 @@ class TrainingStages:
 
     def make_data(self, number: int, *, labels: Fused | None, final: bool = False) -> None:
         """Build the round's immutable configuration: human labels and, from round 1 on, pseudo-labels."""
-        name = self.run.options.round_configuration(number, final=final)
+        name = self.run.configuration_name(number, final=final)
         settings = self.run.settings(number, final=final)
         inputs = {
             "setup": self.run.digest("setup/plan"),
@@ -91,6 +91,7 @@ class TrainingStages:
                 name=name,
                 settings=settings,
                 pseudo_cases=labels.used_cases if labels else (),
+                human_cases=labels.human_cases if labels else (),
                 labels=labels.folder if labels else None,
                 confidence=labels.folder / CONFIDENCE if labels else None,
                 overrides=self.run.overrides,
@@ -109,7 +110,7 @@ class TrainingStages:
 
     def train(self, number: int, *, warm_start: Student | None, final: bool = False) -> Student:
         """Train the round's nnU-Net with ``nnUNetv2_train``; from round 1 on it starts with the last one's weights."""
-        name = self.run.options.round_configuration(number, final=final)
+        name = self.run.configuration_name(number, final=final)
         settings = self.run.settings(number, final=final)
         # the data stage hashes the configuration without the checkpoint to start from: the digest stands for it here
         inputs = {

@@ -108,13 +108,13 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
         """Return training and validation cases; pseudo-labelled cases only ever train."""
         dataset_class = self.dataset_class or infer_dataset_class(self.preprocessed_dataset_folder)
         available = set(dataset_class.get_identifiers(self.preprocessed_dataset_folder))
-        pseudo = self.settings.pseudo_cases
+        pseudo, human = self.settings.pseudo_cases, self.settings.human_cases
         splits: Any = []
         if self.fold != "all":
             raw = Path(nnUNet_raw) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
             splits_file = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
-            splits = read_or_make_splits(splits_file, raw, available - set(pseudo))
-        split = choose_split(self.fold, available=available, pseudo_cases=pseudo, splits=splits)
+            splits = read_or_make_splits(splits_file, raw, available - {*pseudo, *human})
+        split = choose_split(self.fold, available=available, pseudo_cases=pseudo, human_cases=human, splits=splits)
         if self.split is None:
             self.print_to_log_file(
                 f"Fold {self.fold}: {len(split.labelled)} labelled and {len(split.pseudo)} pseudo-labelled cases to "

@@ -35,6 +35,8 @@ class RoundSettings:
     """Mirror in augmentation and, because the checkpoint says so, in prediction."""
     pseudo_cases: tuple[str, ...] = ()
     """Cases of the preprocessed folder with machine labels: trained on, never validated on."""
+    human_cases: tuple[str, ...] = ()
+    """Cases of the preprocessed folder that people labelled after the folds were made: they train in every fold."""
     pseudo_per_batch: float | None = None
     """Fraction of each batch that is pseudo-labelled; None draws from all training cases alike, as stock does."""
     confidence_folder: str | None = None
@@ -71,7 +73,9 @@ class RoundSettings:
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as a JSON value, for a configuration's `SETTINGS_KEY`."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        value = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        # Absent where there are none: settings that were written before there were any are the same ones.
+        return value if self.human_cases else {k: v for k, v in value.items() if k != "human_cases"}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RoundSettings:

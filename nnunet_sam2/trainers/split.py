@@ -32,17 +32,20 @@ def choose_split(
     *,
     available: Iterable[str],
     pseudo_cases: Sequence[str] = (),
+    human_cases: Sequence[str] = (),
     splits: Sequence[Mapping[str, Sequence[str]]] = (),
 ) -> Split:
     """Choose the cases of ``fold``, a number or ``"all"``, among those that are preprocessed.
 
     ``splits`` are the folds of the labelled cases (nnU-Net's ``splits_final.json``). Fold ``all`` trains on every
     labelled case and watches the same cases, for there are no others. Raises InputError for a fold that does not
-    exist, where stock nnU-Net would take a random one, and for cases that lack preprocessed data.
+    exist, where stock nnU-Net would take a random one, and for cases that lack preprocessed data. ``human_cases`` were
+    labelled by people after the folds were made: they train in every fold and are validated on in none.
     """
     present, pseudo = set(available), tuple(sorted(pseudo_cases))
     _require_present(present, pseudo, "pseudo-labelled")
-    labelled = tuple(sorted(present - set(pseudo)))
+    _require_present(present, human_cases, "later labelled")
+    labelled = tuple(sorted(present - set(pseudo) - set(human_cases)))
     if not labelled:
         raise InputError("no labelled case is preprocessed; training on pseudo-labels alone is not supported")
     if fold == "all":
@@ -50,17 +53,23 @@ def choose_split(
             f"fold all: trains on all {len(labelled)} labelled cases and validates on the same ones, "
             "so the Dice it reports does not show how it does on new cases"
         )
-        return Split(labelled=labelled, pseudo=pseudo, validation=labelled, note=note)
+        return Split(labelled=_joined(labelled, human_cases), pseudo=pseudo, validation=labelled, note=note)
     if not isinstance(fold, int) or not 0 <= fold < len(splits):
         known = f"folds 0 to {len(splits) - 1}, or all" if splits else "only all (one patient cannot be split)"
         raise InputError(f"fold {fold} does not exist: {len(labelled)} labelled cases give {known}")
     train, validation = tuple(sorted(splits[fold]["train"])), tuple(sorted(splits[fold]["val"]))
     _require_present(present, train, "training")
     _require_present(present, validation, "validation")
-    wrong = sorted({*train, *validation} & set(pseudo))
+    wrong = sorted({*train, *validation} & {*pseudo, *human_cases})
     if wrong:
-        raise InputError(f"splits_final.json names pseudo-labelled cases, which only train: {', '.join(wrong)}")
-    return Split(labelled=train, pseudo=pseudo, validation=validation)
+        raise InputError(
+            f"splits_final.json names pseudo-labelled cases or later ones, which only train: {', '.join(wrong)}"
+        )
+    return Split(labelled=_joined(train, human_cases), pseudo=pseudo, validation=validation)
+
+
+def _joined(labelled: Sequence[str], human_cases: Sequence[str]) -> tuple[str, ...]:
+    return tuple(sorted({*labelled, *human_cases}))
 
 
 def _require_present(present: set[str], cases: Sequence[str], what: str) -> None:

@@ -52,6 +52,7 @@ def make_round_configuration(
     name: str,
     settings: RoundSettings,
     pseudo_cases: Sequence[str] = (),
+    human_cases: Sequence[str] = (),
     labels: Path | None = None,
     confidence: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -60,6 +61,7 @@ def make_round_configuration(
 ) -> RoundConfiguration:
     """Build the immutable configuration ``name`` (such as ``3d_fullres_r01``) and its data folder.
 
+    ``human_cases`` are those of the pseudo cases whose label a person drew: they count as labelled ones in training.
     ``labels`` holds ``CASE<file_ending>`` of every pseudo case, ``confidence`` (if given) ``CASE<file_ending>`` with
     values 0 to 1. Without pseudo cases this is a round on human labels alone. ``settings`` receives the pseudo cases
     and the confidence folder here. ``overrides`` are configuration keys such as `light_configuration` returns.
@@ -71,8 +73,12 @@ def make_round_configuration(
     _check(cohort, base_configuration, name, pseudo_cases, labels)
     identifier = f"{plans}_{name}"
     folder, distrust = folders.preprocessed / identifier, folders.preprocessed / f"{identifier}_conf"
+    human = tuple(sorted(human_cases))
     settings = replace(
-        settings, pseudo_cases=pseudo_cases, confidence_folder=distrust.name if pseudo_cases and confidence else None
+        settings,
+        pseudo_cases=tuple(case for case in pseudo_cases if case not in human),
+        human_cases=human,
+        confidence_folder=distrust.name if pseudo_cases and confidence else None,
     )
     all_plans = read_plans(folders, plans)
     entry = _as_json(
