@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from nnunet_sam2.errors import InputError
 from nnunet_sam2.labelling.registry import parse_settings
 from nnunet_sam2.rounds.options import PROFILES, RunOptions
 from nnunet_sam2.sam2.weights.registry import EMBEDDED
@@ -64,6 +65,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stop when validation Dice falls this far below the best (default: %(default)s)",
     )
     parser.add_argument(
+        "--volume-drift",
+        type=float,
+        default=_DEFAULTS.volume_drift,
+        help="stop when a class's mean volume moves away from the human labels' by this factor since the first round "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--empty-rise",
+        type=float,
+        default=_DEFAULTS.empty_rise,
+        help="stop when a class is missing in this share of cases more than in the first round and in the human labels "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--oscillation",
+        type=float,
+        default=_DEFAULTS.oscillation,
+        help="stop when labels differ from those of two rounds before by less than this part of their last change "
+        "(default: %(default)s; 0: never)",
+    )
+    parser.add_argument(
         "--least-quality",
         type=float,
         default=_DEFAULTS.least_quality,
@@ -91,6 +113,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=_DEFAULTS.seed)
     parser.add_argument("--device", "-device", default=_DEFAULTS.device, choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    parser.add_argument(
+        "--hang-minutes",
+        type=float,
+        default=_DEFAULTS.hang_minutes,
+        help="end a process of nnU-Net that neither writes nor computes for so long (default: %(default)g)",
+    )
+
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="begin nothing: print the stages with the time, memory and disk that each will take (exit status 2 where "
+        "the run cannot fit)",
+    )
+    parser.add_argument("--json", action="store_true", help="with --dry-run: print JSON")
+    parser.add_argument("--again", action="store_true", help="with --dry-run: measure this machine anew")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,6 +139,8 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_sam2.rounds.orchestrator import run_loop
     from nnunet_sam2.rounds.state import run_folder
 
+    if (args.json or args.again) and not args.dry_run:
+        raise InputError("--json and --again go with --dry-run")
     folders = find_dataset(args.dataset)
     device = args.device if args.device != "auto" else _best_device()
     profile = args.profile if args.profile != "auto" else ("gpu" if device == "cuda" else "cpu")
@@ -119,6 +158,9 @@ def run(args: argparse.Namespace) -> int:
         mean_change=args.mean_change,
         worst_tenth_change=args.worst_tenth_change,
         validation_drop=args.validation_drop,
+        volume_drift=args.volume_drift,
+        empty_rise=args.empty_rise,
+        oscillation=args.oscillation,
         least_quality=args.least_quality,
         skip_baseline=args.skip_baseline,
         pseudo_per_batch=args.pseudo_per_batch,
@@ -128,7 +170,13 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         device=device,
         threads=args.threads,
+        hang_minutes=args.hang_minutes,
     )
+    if args.dry_run:
+        from nnunet_sam2.cli.dry_run import show_estimate
+        from nnunet_sam2.rounds.estimate import estimate_run
+
+        return show_estimate(estimate_run(folders, options, again=args.again), as_json=args.json)
     folder = run_folder(folders, options.run_name)
 
     def report(finished: bool) -> None:

@@ -17,6 +17,10 @@ class StopReason(str, Enum):
     ROUND_LIMIT = "round limit"
     VALIDATION_FELL = "validation Dice fell"
     NOTHING_TO_LABEL = "nothing to label"
+    VOLUME_DRIFT = "volumes drift"
+    EMPTY_CLASS = "a class vanishes"
+    OSCILLATION = "labels oscillate"
+    CONFIRMATION = "errors are confirmed"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -13,8 +14,10 @@ from nnunet_sam2.trainers.settings import RoundSettings
 PROFILES = ("gpu", "cpu")
 """``gpu``: the planned network with nnU-Net's schedule. ``cpu``: a lighter one, short enough for two cores."""
 
-FREE_OPTIONS = frozenset({"round_limit", "device", "threads"})
+FREE_OPTIONS = frozenset({"round_limit", "device", "threads", "hang_minutes"})
 """May change when a run is continued: they say how long and where, not what."""
+
+_SHARES = ("mean_change", "worst_tenth_change", "validation_drop", "least_quality", "empty_rise", "oscillation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,12 @@ class RunOptions:
     mean_change: float = 0.01
     worst_tenth_change: float = 0.05
     validation_drop: float = 0.02
+    volume_drift: float = 2.0
+    """Factor by which a class's mean volume may move away from the human labels' since the first round."""
+    empty_rise: float = 0.25
+    """Share of the cases, beyond the first round's and the human labels', that may come to lack a class."""
+    oscillation: float = 0.5
+    """Labels oscillate that differ from those of two rounds before by less than this part of their last change."""
     least_quality: float = 0.3
     """Estimated Dice below which a class of a case is not learnt from; a case without another class is left out."""
     skip_baseline: bool = False
@@ -46,6 +55,8 @@ class RunOptions:
     seed: int = 12345
     device: str = "auto"
     threads: int | None = None
+    hang_minutes: float = 60.0
+    """Minutes without output and without computing after which a process of nnU-Net counts as hung."""
 
     def __post_init__(self) -> None:
         if self.fold != "all" and not self.fold.isdigit():
@@ -60,9 +71,20 @@ class RunOptions:
             raise InputError("--pseudo-per-batch must lie between 0 and 1")
         if self.branch is not None and not re.fullmatch(r"[A-Za-z0-9]+", self.branch):
             raise InputError(f"--branch {self.branch}: use letters and digits")
-        for name in ("mean_change", "worst_tenth_change", "validation_drop", "least_quality"):
+        for name in (
+            "mean_change",
+            "worst_tenth_change",
+            "validation_drop",
+            "least_quality",
+            "empty_rise",
+            "oscillation",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{name.replace('_', '-')} must lie between 0 and 1")
+        if self.volume_drift <= 1:
+            raise InputError("--volume-drift is a factor above 1")
+        if self.hang_minutes <= 0:
+            raise InputError("--hang-minutes must be positive")
         for name in ("num_epochs", "num_iterations_per_epoch", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -112,6 +134,36 @@ class RunOptions:
     def to_json(self) -> dict[str, Any]:
         """Return all options as a JSON value."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], *, where: object) -> RunOptions:
+        """Rebuild options from `to_json`; raise `InputError` with the field that does not fit and ``where`` it stands.
+
+        Options that were added since the value was written have their defaults.
+        """
+        known = {f.name: str(f.type) for f in fields(cls)}
+        for name, given in value.items():
+            if name not in known:
+                raise InputError(f"{where}: option {name!r} is unknown to this version; use the one that wrote it")
+            if not _fits(known[name], given):
+                raise InputError(f"{where}: option {name!r} is {given!r}, not {known[name]}; restore the file")
+        try:
+            return cls(**value)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+
+
+def _fits(annotation: str, value: Any) -> bool:
+    """Say whether a JSON value is of a field's type, such as ``int | None``."""
+    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+    for kind in annotation.split(" | "):
+        if kind == "None" and value is None:
+            return True
+        if kind.startswith("dict") and isinstance(value, dict):
+            return True
+        if kind in kinds and isinstance(value, kinds[kind]) and (kind == "bool" or not isinstance(value, bool)):
+            return True
+    return False
 
 
 def describe_difference(before: dict[str, Any], now: dict[str, Any]) -> str:

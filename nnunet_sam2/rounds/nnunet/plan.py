@@ -18,7 +18,7 @@ from nnunet_sam2.rounds.nnunet.base import (
     require_trainable,
     resolved_configuration,
 )
-from nnunet_sam2.rounds.nnunet.process import child_environment, console_script, run_logged
+from nnunet_sam2.rounds.nnunet.process import HANG_MINUTES, child_environment, console_script, run_logged
 from nnunet_sam2.storage import atomic_path, file_hash, read_json, value_hash, write_json
 from nnunet_sam2.trainers.discovery import require_nnunet
 
@@ -52,6 +52,7 @@ def plan_and_preprocess(
     plans: str = PLANS,
     planner: str | None = None,
     processes: int = 1,
+    hang_minutes: float = HANG_MINUTES,
 ) -> Path:
     """Fingerprint, plan and preprocess the labelled cases with nnU-Net's own command; return the plans file.
 
@@ -61,7 +62,7 @@ def plan_and_preprocess(
     if not cohort.labelled:
         raise InputError(f"{cohort.name} has no labelled case; nnU-Net needs at least one to plan from")
     with only_writer(folders):
-        _plan_and_preprocess(folders, cohort, configuration, log, plans, planner, processes)
+        _plan_and_preprocess(folders, cohort, configuration, log, plans, planner, processes, hang_minutes)
     return plans_path(folders, plans)
 
 
@@ -91,6 +92,7 @@ def _plan_and_preprocess(
     plans: str,
     planner: str | None,
     processes: int,
+    hang_minutes: float,
 ) -> None:
     key = labelled_key(cohort)
     marker = _read_marker(folders)
@@ -122,7 +124,8 @@ def _plan_and_preprocess(
         _copy(cohort.root / "dataset.json", folders.preprocessed / "dataset.json")
         argv = [console_script("nnUNetv2_preprocess"), "-d", str(folders.dataset_id), "-plans_name", plans]
         argv += ["-c", configuration, "-np", str(processes), "--no_pbar"]
-    run_logged(argv, log=log, environment=environment, what=f"planning and preprocessing {folders.name}")
+    what = f"planning and preprocessing {folders.name}"
+    run_logged(argv, log=log, environment=environment, what=what, hang_minutes=hang_minutes)
     if not plans_path(folders, plans).is_file():
         raise StageError(f"nnU-Net wrote no {plans_path(folders, plans)}; does the planner fit -p {plans}? Log: {log}")
     require_trainable(read_plans(folders, plans), configuration)

@@ -12,7 +12,8 @@ from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import track
 from nnunet_sam2.rounds.nnunet.base import PLANS, TRAINER, Fold, final_checkpoint, model_folder
-from nnunet_sam2.rounds.nnunet.process import child_environment, stream_logged
+from nnunet_sam2.rounds.nnunet.process import HANG_MINUTES, child_environment, stream_logged
+from nnunet_sam2.rounds.nnunet.retry import Note, Remedy, no_note, once_more, prediction_remedy
 from nnunet_sam2.storage import file_hash, read_json, remove_temporary_files, value_hash, write_json
 from nnunet_sam2.trainers.discovery import require_nnunet
 
@@ -35,6 +36,8 @@ def predict_cases(
     threads: int | None = None,
     plans: str = PLANS,
     trainer: str = TRAINER,
+    hang_minutes: float = HANG_MINUTES,
+    note: Note = no_note,
 ) -> list[Path]:
     """Segment ``cases`` (id -> image files) and return the label files ``OUT/CASE<file_ending>``.
 
@@ -42,6 +45,7 @@ def predict_cases(
     channel 0, then the cohort's class values in ascending order, on the raw image's grid. A case whose record
     ``OUT/records/CASE.json`` names the same inputs and whose files are whole is not computed again. Labels are those
     of ``nnUNetv2_predict``; several folds are averaged as there. ``mirroring`` acts where the model was trained so.
+    What ends for a cause that has a remedy (`prediction_remedy`) goes on once more, which ``note`` is told.
     """
     require_nnunet()
     if not folds:
@@ -57,12 +61,16 @@ def predict_cases(
         "mirroring": mirroring,
         "nnunetv2": require_nnunet(),
     }
-    jobs = []
-    for case_id, images in sorted(cases.items()):
-        job = _job(case_id, images, out, ending, model_key, save_probabilities)
-        if not is_predicted(job):
-            jobs.append(job)
-    if jobs:
+    jobs = [
+        _job(case_id, images, out, ending, model_key, save_probabilities) for case_id, images in sorted(cases.items())
+    ]
+    what = f"prediction with {configuration}"
+    environment = child_environment(threads=threads, processes=threads or os.cpu_count() or 1, gpu=device != "cpu")
+
+    def attempt(remedy: Remedy | None) -> None:
+        todo = [job for job in jobs if not is_predicted(job)]
+        if not todo:
+            return
         request = out / RECORDS / "request"
         write_json(
             request,
@@ -72,31 +80,33 @@ def predict_cases(
                 "device": device,
                 "threads": threads,
                 "mirroring": mirroring,
-                "cases": jobs,
+                "offload": bool(remedy and remedy.offload),
+                "cases": todo,
             },
         )
-        environment = child_environment(threads=threads, processes=threads or os.cpu_count() or 1, gpu=device != "cpu")
         argv = [sys.executable, "-m", "nnunet_sam2.rounds.nnunet.predict_worker", str(request)]
-        what = f"prediction with {configuration}"
+        changed = {**environment, **(remedy.environment if remedy else {})}
         try:
-            lines = stream_logged(argv, log=log, environment=environment, what=what)
-            for _ in track(_done(lines), what=what, total=len(jobs)):
+            lines = stream_logged(argv, log=log, environment=changed, what=what, hang_minutes=hang_minutes)
+            for _ in track(_done(lines), what=what, total=len(todo)):
                 pass
         finally:
             request.unlink(missing_ok=True)
-        for job in jobs:
+        for job in todo:
             if not is_predicted(job):
                 raise StageError(f"{what} left no whole files for case {job['id']} in {out}; log: {log}")
+
+    once_more(attempt, prediction_remedy, note=note)
     return [out / f"{case_id}{ending}" for case_id in sorted(cases)]
 
 
 def is_predicted(job: Mapping[str, Any]) -> bool:
     """Say whether a case's record names the same inputs and its files are what the record says."""
-    record = Path(job["record"])
-    if not record.is_file():
+    try:
+        value = read_json(Path(job["record"]))
+    except InputError:
         return False
-    value = read_json(record)
-    if value["key"] != job["key"]:
+    if not isinstance(value, dict) or value.get("key") != job["key"] or not isinstance(value.get("hashes"), dict):
         return False
     wanted = [name for name in ("label", "probabilities") if job[name] is not None]
     return all(

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_sam2.errors import InputError, StageError
+from nnunet_sam2.file_checks import PICTURE_ENDINGS, check_content, file_ending
 from nnunet_sam2.rounds.nnunet.predict import CASE_DONE
 from nnunet_sam2.storage import atomic_path, file_hash, read_json, write_json
 from nnunet_sam2.support.library import write_probabilities
@@ -68,7 +70,7 @@ def _predictor(request: dict[str, Any]) -> Any:
         tile_step_size=0.5,
         use_gaussian=True,
         use_mirroring=request["mirroring"],
-        perform_everything_on_device=request["device"] == "cuda",
+        perform_everything_on_device=request["device"] == "cuda" and not request["offload"],
         device=torch.device(request["device"]),
         allow_tqdm=False,
     )
@@ -85,6 +87,7 @@ def _predict(predictor: Any, job: dict[str, Any]) -> None:
     hashes = {}
     with atomic_path(Path(job["label"])) as temporary:
         reader.write_seg(label_zyx, str(temporary), properties)
+        _require_whole(temporary, label_zyx, reader, path=Path(job["label"]))
     hashes["label"] = file_hash(Path(job["label"]))
     if prob_czyx is not None:
         labels = predictor.label_manager
@@ -94,6 +97,19 @@ def _predict(predictor: Any, job: dict[str, Any]) -> None:
         )
         hashes["probabilities"] = file_hash(Path(job["probabilities"]))
     write_json(Path(job["record"]), {"key": job["key"], "hashes": hashes})
+
+
+def _require_whole(written: Path, label_zyx: np.ndarray, reader: Any, *, path: Path) -> None:
+    """Raise `StageError` where the file does not hold the label: SimpleITK says nothing when the disk is full."""
+    try:
+        if file_ending(path) not in PICTURE_ENDINGS:
+            check_content(written)
+        back = np.asarray(reader.read_seg(str(written))[0])
+        whole = back.size == label_zyx.size and np.array_equal(back.reshape(label_zyx.shape), label_zyx)
+    except (InputError, OSError, RuntimeError):
+        whole = False
+    if not whole:
+        raise StageError(f"{path} could not be written whole: No space left on device, or the disk is damaged")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,12 +16,18 @@ from pathlib import Path
 from typing import TextIO
 
 from nnunet_sam2.errors import InputError, StageError
+from nnunet_sam2.progress import say
+from nnunet_sam2.rounds.nnunet.failures import hang_error, process_error
+from nnunet_sam2.rounds.nnunet.process_tree import Watch, end_orphans, end_tree, mark
 
 SHOWN_LINES = 40
 """Lines of a failed command's log that its error shows."""
 
+HANG_MINUTES = 60.0
+"""Minutes without output and without computing after which a command counts as hung."""
+
 _POLL_SECONDS = 0.1
-_GRACE_SECONDS = 10.0
+_READ_BYTES = 64 * 1024
 _PR_SET_PDEATHSIG = 1
 
 
@@ -53,78 +60,96 @@ def child_environment(
     return variables
 
 
-def run_logged(argv: Sequence[str], *, log: Path, environment: Mapping[str, str], what: str) -> None:
-    """Run a command to its end, its output going to ``log``; raise `StageError` with the log's end where it fails."""
-    for _ in stream_logged(argv, log=log, environment=environment, what=what):
+def run_logged(
+    argv: Sequence[str],
+    *,
+    log: Path,
+    environment: Mapping[str, str],
+    what: str,
+    hang_minutes: float = HANG_MINUTES,
+) -> None:
+    """Run a command to its end, its output going to ``log``; raise `ProcessError` with the log's end where it fails."""
+    for _ in stream_logged(argv, log=log, environment=environment, what=what, hang_minutes=hang_minutes):
         pass
 
 
-def stream_logged(argv: Sequence[str], *, log: Path, environment: Mapping[str, str], what: str) -> Iterator[str]:
+def stream_logged(
+    argv: Sequence[str],
+    *,
+    log: Path,
+    environment: Mapping[str, str],
+    what: str,
+    hang_minutes: float = HANG_MINUTES,
+) -> Iterator[str]:
     """Run a command and yield the lines that it appends to ``log``.
 
     The child writes to the file itself, so that it does not depend on this process reading. The file is locked as long
-    as the child lives, even if this process is killed: a second child on the same log is refused.
+    as the child or a process that it started lives, even if this process is killed: a second child on the same log
+    first ends what a killed process left there, and is refused where the other one is alive. A child that neither
+    writes nor computes for ``hang_minutes`` is ended.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
+    hung = False
     with (
         log.open("a", encoding="utf-8", errors="replace") as output,
         log.open(encoding="utf-8", errors="replace") as tail,
     ):
         _lock(output, what, log)
-        output.write(f"$ {' '.join(argv)}\n")
+        output.write(f"$ {shlex.join(argv)}\n")
         output.flush()
-        tail.seek(0, os.SEEK_END)
+        start = tail.seek(0, os.SEEK_END)
         child = subprocess.Popen(
             list(argv),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=dict(environment),
+            env={**environment, **mark(str(log))},
+            start_new_session=True,
             preexec_fn=_die_with_parent(),
         )
         try:
-            yield from _lines_while(child, tail)
+            watch = Watch(child, hang_minutes)
+            for line in _lines_while(child, tail, watch):
+                if line is not None:
+                    yield line
+                elif watch.is_hung():
+                    hung = True
+                    break
         finally:
-            _end(child)
+            end_tree(child)
+    said = _said(log, start)
+    if hung:
+        raise hang_error(what, hang_minutes, log=log, said=said, shown_lines=SHOWN_LINES)
     if child.returncode != 0:
-        raise StageError(f"{what} failed ({_how(child.returncode)}); log: {log}; its last lines:\n{_last_lines(log)}")
+        raise process_error(what, child.returncode, log=log, said=said, shown_lines=SHOWN_LINES)
 
 
-def _lines_while(child: subprocess.Popen[bytes], tail: TextIO) -> Iterator[str]:
+def _lines_while(child: subprocess.Popen[bytes], tail: TextIO, watch: Watch) -> Iterator[str | None]:
+    """Yield the child's lines as they come, and None whenever there was nothing new."""
     pending = ""
     while True:
         ended = child.poll() is not None
-        pending += tail.read()
+        new = tail.read()
+        if new:
+            watch.heard()
+        pending += new
         *lines, pending = pending.split("\n")
         yield from lines
         if ended:
             if pending:
                 yield pending
             return
+        if not new:
+            yield None
         time.sleep(_POLL_SECONDS)
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
-    if child.poll() is not None:
-        return
-    child.terminate()
-    try:
-        child.wait(_GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-
-
-def _how(returncode: int) -> str:
-    if returncode >= 0:
-        return f"exit status {returncode}"
-    name = signal.Signals(-returncode).name
-    hint = ", often the sign of too little memory" if name == "SIGKILL" else ""
-    return f"ended by {name}{hint}"
-
-
-def _last_lines(log: Path) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:])
+def _said(log: Path, start: int) -> str:
+    """Return the end of what the child itself wrote."""
+    with log.open("rb") as handle:
+        size = handle.seek(0, os.SEEK_END)
+        handle.seek(max(start, size - _READ_BYTES))
+        return handle.read().decode("utf-8", errors="replace")
 
 
 def _lock(output: TextIO, what: str, log: Path) -> None:
@@ -134,10 +159,21 @@ def _lock(output: TextIO, what: str, log: Path) -> None:
         return
     try:
         fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
     except BlockingIOError:
-        raise StageError(f"{what} is running already, in another process; wait for it or end it; log: {log}") from None
+        pass
     except OSError:  # a file system without locks
         return
+    ended = end_orphans(str(log))
+    if ended:
+        say(f"ended {ended} processes that a killed run had left at work on {log}")
+    for _ in range(50 if ended else 10):  # what was killed a moment ago may still be ending
+        try:
+            fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(_POLL_SECONDS)
+    raise StageError(f"{what} is running already, in another process; wait for it or end it; log: {log}")
 
 
 def _die_with_parent() -> Callable[[], None] | None:

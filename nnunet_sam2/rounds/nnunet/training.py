@@ -24,8 +24,10 @@ from nnunet_sam2.rounds.nnunet.base import (
     read_plans,
     resolved_configuration,
 )
+from nnunet_sam2.rounds.nnunet.failures import Cause
 from nnunet_sam2.rounds.nnunet.plan import SPLITS_FILE
-from nnunet_sam2.rounds.nnunet.process import child_environment, console_script, stream_logged
+from nnunet_sam2.rounds.nnunet.process import HANG_MINUTES, child_environment, console_script, stream_logged
+from nnunet_sam2.rounds.nnunet.retry import Note, Remedy, no_note, once_more, training_remedy
 from nnunet_sam2.storage import read_json, remove_temporary_files
 from nnunet_sam2.trainers.discovery import require_nnunet
 from nnunet_sam2.trainers.settings import ENVIRONMENT_PREFIX, RoundSettings
@@ -44,12 +46,15 @@ def train(
     threads: int | None = None,
     plans: str = PLANS,
     trainer: str = TRAINER,
+    hang_minutes: float = HANG_MINUTES,
+    note: Note = no_note,
 ) -> Trained:
     """Run ``nnUNetv2_train`` to its end, continuing a killed training from its latest whole checkpoint.
 
     On the CPU, augmentation runs in the training process, so that a continued training gives the same weights.
-    ``device`` is nnU-Net's: cpu, cuda or mps. Raises `InputError` where the splits have no such fold, `StageError`
-    with the end of the log where nnU-Net fails.
+    ``device`` is nnU-Net's: cpu, cuda or mps. What ends for a cause that has a remedy (`training_remedy`) goes on once
+    more, which ``note`` is told. Raises `InputError` where the splits have no such fold, `StageError` with the end of
+    the log where nnU-Net fails.
     """
     require_nnunet()
     settings = RoundSettings.from_configuration(resolved_configuration(read_plans(folders, plans), configuration))
@@ -57,17 +62,23 @@ def train(
     folder = fold_folder(folders, configuration, fold, plans=plans, trainer=trainer)
     if _is_finished(folder):
         return Trained(checkpoint=folder / FINAL, summary=_summary(folder), seconds=0.0)
-    argv = [console_script("nnUNetv2_train"), str(folders.dataset_id), configuration, str(fold)]
-    argv += ["-tr", trainer, "-p", plans, "-device", device, *_how_to_continue(folder)]
     on_cpu = device == "cpu"
     environment = child_environment(threads=threads, augmentation_workers=0 if on_cpu else None, gpu=not on_cpu)
     if threads is not None:
         # nnUNetv2_train takes every core on the CPU and ignores OMP_NUM_THREADS; the trainer reads this one.
         environment[f"{ENVIRONMENT_PREFIX}threads"] = str(threads)
+    what = f"training {configuration} fold {fold}"
+
+    def attempt(remedy: Remedy | None) -> None:
+        argv = [console_script("nnUNetv2_train"), str(folders.dataset_id), configuration, str(fold)]
+        argv += ["-tr", trainer, "-p", plans, "-device", device, *_how_to_continue(folder, note)]
+        changed = {**environment, **(remedy.environment if remedy else {})}
+        lines = stream_logged(argv, log=log, environment=changed, what=what, hang_minutes=hang_minutes)
+        for _ in track(_epochs(lines), what=f"training {configuration}", total=settings.num_epochs):
+            pass
+
     started = time.monotonic()
-    lines = stream_logged(argv, log=log, environment=environment, what=f"training {configuration} fold {fold}")
-    for _ in track(_epochs(lines), what=f"training {configuration}", total=settings.num_epochs):
-        pass
+    once_more(attempt, lambda cause: training_remedy(cause, on_gpu=not on_cpu), note=note)
     if not _is_whole_checkpoint(folder / FINAL):
         raise InputError(f"{folder / FINAL} is missing or broken after training; is checkpointing disabled? Log: {log}")
     (folder / LATEST).unlink(missing_ok=True)
@@ -113,8 +124,11 @@ def _is_finished(folder: Path) -> bool:
     return _summary(folder) is not None and _is_whole_checkpoint(folder / FINAL)
 
 
-def _how_to_continue(folder: Path) -> list[str]:
-    """Choose nnU-Net's option by what a killed process left, and clear away what it could not read."""
+def _how_to_continue(folder: Path, note: Note = no_note) -> list[str]:
+    """Choose nnU-Net's option by what a killed process left, and clear away what it could not read.
+
+    Every checkpoint holds the state of the random numbers, so that a training gives the same weights from either.
+    """
     if folder.is_dir():
         remove_temporary_files(folder)
     if _is_whole_checkpoint(folder / FINAL):
@@ -122,7 +136,13 @@ def _how_to_continue(folder: Path) -> list[str]:
     (folder / FINAL).unlink(missing_ok=True)
     if _is_whole_checkpoint(folder / LATEST):
         return ["--c"]
-    # nnU-Net would continue from the best checkpoint, which is not where the training was.
+    damaged = (folder / LATEST).is_file()
+    (folder / LATEST).unlink(missing_ok=True)
+    best = _is_whole_checkpoint(folder / BEST)
+    if damaged:
+        note(Cause.CHECKPOINT.value, f"from {BEST}" if best else "from the beginning")
+    if best:
+        return ["--c"]
     shutil.rmtree(folder, ignore_errors=True)
     return []
 
