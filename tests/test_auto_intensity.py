@@ -76,6 +76,8 @@ def test_foreign_contrasts_are_told_from_the_supports_own(
     query = _case(backend, "query", 7, contrast)
     seen, record = contrast_like(query.as_query(), supports, (1,), backend)
     assert record["taken"] == taken
+    # Slices in another contrast are only encoded where the landmarks let it be taken.
+    assert bool(record["distance"]) == (contrast != "plain")
     if taken == "as it is":
         assert seen.embeddings is query.embeddings
     else:

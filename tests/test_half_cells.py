@@ -39,14 +39,16 @@ def test_the_blocked_search_finds_what_the_slow_one_finds(count: int) -> None:
     query = torch.randn(70, 4, 12, generator=generator)
     memory = torch.randn(40, 4, 12, generator=generator)
     parents = torch.stack([torch.randperm(40, generator=generator)[:9] for _ in range(70)])
-    fast, slow = nearest_quarters(query, memory, parents, count), nearest_quarters_slow(query, memory, parents, count)
+    scale = torch.rand(12, generator=generator) + 0.5
+    fast = nearest_quarters(query, memory, parents, count, scale)
+    slow = nearest_quarters_slow(query, memory, parents, count, scale)
     assert fast[0].shape == (70, 4, min(count, 36))
     torch.testing.assert_close(fast[0], slow[0], atol=1e-4, rtol=1e-4)
     assert torch.equal(fast[1], slow[1])
 
 
 def test_a_quarter_stands_a_quarter_of_a_cell_from_the_centre() -> None:
-    placed = place_quarters(torch.zeros(1, 4, 2), torch.tensor([[0.5, 0.5, 0.2]]), torch.ones(5), grid=4)
+    placed = place_quarters(torch.zeros(1, 4, 2), torch.tensor([[0.5, 0.5, 0.2]]), grid=4)
     assert placed[0, :, 2:].tolist() == pytest.approx(
         np.array([[0.4375, 0.4375, 0.2], [0.4375, 0.5625, 0.2], [0.5625, 0.4375, 0.2], [0.5625, 0.5625, 0.2]])
     )

@@ -14,9 +14,9 @@ def _vectors(count: int, seed: int) -> torch.Tensor:
     return torch.randn(count, 7, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("entries", [5, 700, 2048])
+@pytest.mark.parametrize("entries", [5, 700, 2050])
 def test_the_blocked_search_finds_what_the_slow_one_finds(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nearest_module, "_BLOCK_ENTRIES", 512)
+    monkeypatch.setattr(nearest_module, "_BLOCK_DISTANCES", 5000)
     query, memory = _vectors(30, 1), _vectors(entries, 2)
     excess, numbers = nearest(query, memory, 9)
     slow_excess, slow_numbers = nearest_slow(query, memory, 9)

@@ -30,6 +30,8 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 _EMBEDDING_VERSION = 1
 _ACCELERATOR_BATCH = 8
+_PROCESSOR_BATCH_PIXELS = 4 * 256 * 256
+"""Pixels encoded at once on the processor: small images share what a pass costs, large ones would leave its caches."""
 
 
 def load_backend(
@@ -106,7 +108,8 @@ class MetaSam2Backend:
         self._device = device
         self._cache = cache
         self._threads = threads
-        self._batch = _ACCELERATOR_BATCH if device.type != "cpu" else 1
+        on_processor = max(1, _PROCESSOR_BATCH_PIXELS // spec.image_size**2)
+        self._batch = on_processor if device.type == "cpu" else _ACCELERATOR_BATCH
         dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
         self._walker = VideoWalker(model, device, dtype=dtype) if spec.has_memory else None
         self._mean = torch.tensor(IMAGE_MEAN, device=device)[:, None, None]

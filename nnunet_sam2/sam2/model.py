@@ -33,12 +33,13 @@ def model_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
     The values are those of Meta's configuration files, with the stability fallback of the decoder that Meta's builders
     add. Holes in masks are not filled here: that is fusion's work, in three dimensions.
     """
-    from sam2.modeling.backbones.hieradet import Hiera
     from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
     from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
     from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
     from sam2.modeling.position_encoding import PositionEmbeddingSine
     from sam2.modeling.sam.transformer import RoPEAttention
+
+    from nnunet_sam2.sam2.hiera import KeptHiera
 
     check_image_size(image_size)
     d_model, mem_dim = config.d_model, config.mem_dim
@@ -47,7 +48,7 @@ def model_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
     image_encoder = ImageEncoder(
         # Three levels reach the decoder; a coarser one only feeds the third from above.
         scalp=len(trunk.stages) - 3,
-        trunk=Hiera(
+        trunk=KeptHiera(
             embed_dim=trunk.embed_dim,
             num_heads=trunk.num_heads,
             q_pool=len(trunk.stages) - 1,

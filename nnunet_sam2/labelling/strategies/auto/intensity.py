@@ -65,18 +65,19 @@ def contrast_like(
     theirs = np.stack([landmarks(support.frames) for support in supports])
     standard = theirs.mean(axis=0)
     apart = float(np.abs(theirs - own).mean(axis=1).min())
-    shown = {
-        "as it is": query.frames,
-        "matched": query.frames.remapped({query.frames.channels[0]: (own, standard)}),
-        "inverted": query.frames.remapped({query.frames.channels[0]: (own, standard[::-1])}),
-    }
-    memory = SupportMemory(supports, class_values)
-    distance = {name: _distance(frames, memory, backend) for name, frames in shown.items()}
-    taken = "as it is"
     foreign = FOREIGN if len(supports) > 1 else FOREIGN_TO_ONE
-    if apart > UNLIKE and distance["inverted"] < CLEARLY_NEARER * distance["as it is"]:
+    # Nothing is encoded that could not be taken anyway: within a sequence that is everything.
+    asked = [name for name, least in (("inverted", UNLIKE), ("matched", foreign)) if apart > least]
+    shown, distance = {"as it is": query.frames}, {}
+    if asked:
+        memory = SupportMemory(supports, class_values)
+        ends = {"matched": standard, "inverted": standard[::-1]}
+        shown |= {name: query.frames.remapped({query.frames.channels[0]: (own, ends[name])}) for name in asked}
+        distance = {name: _distance(frames, memory, backend) for name, frames in shown.items()}
+    taken = "as it is"
+    if "inverted" in asked and distance["inverted"] < CLEARLY_NEARER * distance["as it is"]:
         taken = "inverted"
-    elif apart > foreign and distance["matched"] < NO_FARTHER * distance["as it is"]:
+    elif "matched" in asked and distance["matched"] < NO_FARTHER * distance["as it is"]:
         taken = "matched"
     record = {
         "taken": taken,

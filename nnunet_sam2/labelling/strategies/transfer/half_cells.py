@@ -59,27 +59,33 @@ def half_cell_features(embeddings: Embeddings, index: int) -> torch.Tensor:
     return into_quarters(torch.cat([doubled, fine]))
 
 
-def place_quarters(
-    features_u4f: torch.Tensor, coordinates_u3: torch.Tensor, scale_f: torch.Tensor, *, grid: int
-) -> torch.Tensor:
-    """Append to quarters their own coordinates and scale all, (U, 4, F + 3).
+def place_quarters(features_u4f: torch.Tensor, coordinates_u3: torch.Tensor, *, grid: int) -> torch.Tensor:
+    """Append to quarters their own coordinates, (U, 4, F + 3) float32.
 
     ``coordinates_u3`` are those of the cells (row, column, depth, 0 to 1), ``grid`` is the number of cells a side.
     """
     offset_43 = torch.tensor([(row / grid, column / grid, 0.0) for row, column in _QUARTERS])
-    return torch.cat([features_u4f.float(), coordinates_u3[:, None] + offset_43], dim=2) * scale_f
+    count, quarters, features = features_u4f.shape
+    placed = torch.empty((count, quarters, features + 3))
+    placed[..., :features] = features_u4f
+    placed[..., features:] = coordinates_u3[:, None] + offset_43
+    return placed
 
 
 def nearest_quarters(
-    query_p4d: torch.Tensor, memory_u4d: torch.Tensor, parents_pk: torch.Tensor, count: int
+    query_p4d: torch.Tensor, memory_u4d: torch.Tensor, parents_pk: torch.Tensor, count: int, scale_d: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find each quarter's ``count`` nearest among the quarters of its cell's neighbours ``parents_pk``.
 
-    Returns squared distances beyond the nearest one's and numbers into (U x 4), both (P, 4, count), nearest first.
+    Features count by the factors ``scale_d``. Returns squared distances beyond the nearest one's and numbers into
+    (U x 4), both (P, 4, count), nearest first.
     """
     locations, neighbours = parents_pk.shape
     count = min(count, 4 * neighbours)
-    norms_u4 = memory_u4d.square().sum(dim=2)
+    # The query is the smaller of the two: factors on it, squared, stand for factors on both.
+    squared_d = scale_d.square()
+    norms_u4 = memory_u4d.square() @ squared_d
+    query_p4d = query_p4d * squared_d
     excess, numbers = [], []
     for start in range(0, locations, _BLOCK_LOCATIONS):
         parents_bk = parents_pk[start : start + _BLOCK_LOCATIONS]
@@ -96,9 +102,10 @@ def nearest_quarters(
 
 
 def nearest_quarters_slow(
-    query_p4d: torch.Tensor, memory_u4d: torch.Tensor, parents_pk: torch.Tensor, count: int
+    query_p4d: torch.Tensor, memory_u4d: torch.Tensor, parents_pk: torch.Tensor, count: int, scale_d: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do what `nearest_quarters` does, quarter by quarter, as the definition reads."""
+    query_p4d, memory_u4d = query_p4d * scale_d, memory_u4d * scale_d
     excess, numbers = [], []
     for p, parents_k in enumerate(parents_pk):
         candidates = (parents_k[:, None] * 4 + torch.arange(4)).flatten()

@@ -15,6 +15,7 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from nnunet_sam2.labelling.strategies.transfer.half_cells import HalfCells, half_cell_features, into_quarters
 from nnunet_sam2.labelling.strategies.transfer.index import ApproximateNearest
+from nnunet_sam2.labelling.strategies.transfer.nearest import nearest
 from nnunet_sam2.sam2.protocol import Embeddings
 from nnunet_sam2.support.cases import Support
 
@@ -75,6 +76,7 @@ class SupportMemory:
         self._spread_ratio: float | None = None
         self._all_rows: tuple[torch.Tensor, torch.Tensor] | None = None
         self._indices: dict[Place, ApproximateNearest] = {}
+        self._latest: tuple[tuple[int, ...], torch.Tensor, torch.Tensor] | None = None
 
     def choose(
         self, descriptor_f: torch.Tensor, depth: float, entries: int, *, without: int | None = None
@@ -96,8 +98,22 @@ class SupportMemory:
 
         Locations that nobody has judged are left out; partly judged ones count by what was judged.
         """
-        parts = [self._slice(number) for number in slices]
-        return torch.cat([features for features, _ in parts]), torch.cat([labels for _, labels in parts])
+        key = tuple(slices)
+        if self._latest is None or self._latest[0] != key:
+            parts = [self._slice(number) for number in key]
+            features_mf = torch.cat([features for features, _ in parts])
+            self._latest = (key, features_mf, torch.cat([labels for _, labels in parts]))
+        return self._latest[1:]
+
+    def search_among(
+        self, slices: Sequence[int], query_pf: torch.Tensor, place: Place, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find unscaled locations' neighbours among the rows of the chosen slices exactly; see `nearest`."""
+        features_mf, _ = self.rows(slices)
+        scale_f = place.scale(query_pf.shape[1])
+        # Appearance has unit length and factors of one; factors on the position go to the query and into the lengths.
+        norms_m = 1.0 + (features_mf[:, -3:] * scale_f[-3:]).square().sum(dim=1)
+        return nearest(query_pf * scale_f.square(), features_mf, count, norms_m=norms_m)
 
     @property
     def slices(self) -> range:

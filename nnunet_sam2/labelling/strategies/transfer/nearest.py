@@ -8,30 +8,28 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import avg_pool2d, pad
 
-_BLOCK_ENTRIES = 4096
-_GROUP = 64
+_BLOCK_DISTANCES = 2**22
+_GROUP = 16
 
 
-def nearest(query_pf: torch.Tensor, memory_mf: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest(
+    query_pf: torch.Tensor, memory_mf: torch.Tensor, count: int, *, norms_m: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Find each location's ``count`` nearest memory entries by Euclidean distance.
 
     Returns squared distances beyond the nearest entry's and the entries' numbers, both (P, count), nearest first.
-    Blocked: no more than a few thousand entries are compared at a time.
+    Blocked: no more than some million distances are held at a time. ``norms_m`` stand for the entries' squared lengths:
+    factors on the features can then be given to the query alone, squared, and the memory stays as it is.
     """
     count = min(count, memory_mf.shape[0])
     # ||q - m||² without ||q||², which is the same for all entries of a location.
-    norms_m = memory_mf.square().sum(dim=1)
-    best_pk = torch.empty((query_pf.shape[0], 0))
-    index_pk = torch.empty((query_pf.shape[0], 0), dtype=torch.long)
-    for start in range(0, memory_mf.shape[0], _BLOCK_ENTRIES):
-        block_mf = memory_mf[start : start + _BLOCK_ENTRIES]
-        distance_pm = torch.addmm(norms_m[start : start + len(block_mf)], query_pf, block_mf.T, alpha=-2.0)
-        values, indices = smallest(distance_pm, min(count, len(block_mf)))
-        best_pk = torch.cat([best_pk, values], dim=1)
-        index_pk = torch.cat([index_pk, indices + start], dim=1)
-        best_pk, chosen = best_pk.topk(min(count, best_pk.shape[1]), dim=1, largest=False)
-        index_pk = torch.gather(index_pk, 1, chosen)
-    return best_pk - best_pk[:, :1], index_pk
+    norms_m = memory_mf.square().sum(dim=1) if norms_m is None else norms_m
+    # Whole rows at a time: choosing among a row's entries once is cheaper than merging choices of its parts.
+    locations = max(1, _BLOCK_DISTANCES // max(1, memory_mf.shape[0]))
+    blocks = query_pf.split(locations)
+    found = [smallest(torch.addmm(norms_m, block_bf, memory_mf.T, alpha=-2.0), count) for block_bf in blocks]
+    best_pk = torch.cat([values for values, _ in found])
+    return best_pk - best_pk[:, :1], torch.cat([numbers for _, numbers in found])
 
 
 def vote(excess_pk: torch.Tensor, labels_pkc: torch.Tensor, sharpness: float) -> torch.Tensor:
@@ -59,18 +57,22 @@ def nearest_slow(query_pf: torch.Tensor, memory_mf: torch.Tensor, count: int) ->
 def smallest(values_pm: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the ``count`` smallest values of each row and where they are, like ``topk`` but faster on long rows.
 
-    The smallest values all lie in the ``count`` groups with the smallest minima, so only those are sorted.
+    The smallest values all lie in the ``count`` groups with the smallest minima, or in what is left over when the row
+    is divided into groups; only those are sorted. A group is every ``groups``-th value, so that the minima are taken of
+    whole stretches of a row at once.
     """
-    width = values_pm.shape[1]
+    rows, width = values_pm.shape
     groups = width // _GROUP
-    if groups <= 2 * count or width % _GROUP:
+    if groups <= 2 * count:
         values, indices = values_pm.topk(count, dim=1, largest=False)
         return values, indices
-    grouped = values_pm.view(values_pm.shape[0], groups, _GROUP)
-    chosen = grouped.amin(dim=2).topk(count, dim=1, largest=False).indices
-    candidates = torch.gather(grouped, 1, chosen[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
-    values, inside = candidates.topk(count, dim=1, largest=False)
-    return values, torch.gather(chosen, 1, inside // _GROUP) * _GROUP + inside % _GROUP
+    grouped = values_pm[:, : groups * _GROUP].unflatten(1, (_GROUP, groups))
+    chosen = grouped.amin(dim=1).topk(count, dim=1, largest=False, sorted=False).indices
+    candidates = torch.gather(grouped, 2, chosen[:, None].expand(-1, _GROUP, -1)).flatten(1)
+    rest = torch.arange(groups * _GROUP, width).expand(rows, -1)
+    numbers = (chosen[:, None] + groups * torch.arange(_GROUP)[:, None]).flatten(1)
+    values, inside = torch.cat([candidates, values_pm[:, groups * _GROUP :]], dim=1).topk(count, dim=1, largest=False)
+    return values, torch.gather(torch.cat([numbers, rest], dim=1), 1, inside)
 
 
 def snap_to_edges(prob_chw: torch.Tensor, image_hw: torch.Tensor, *, radius: int, softness: float) -> torch.Tensor:

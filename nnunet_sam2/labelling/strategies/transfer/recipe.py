@@ -207,7 +207,7 @@ def _among_quarters(
     scale_f = torch.ones(features_u4f.shape[2] + 3)
     scale_f[query_pf.shape[1] - 3 : -3] = (fine_weight * half_cells.spread_ratio) ** 0.5
     scale_f[-3:] = place.scale(3)
-    query = place_quarters(half_cells.query_p4f, query_pf[:, -3:], scale_f, grid=grid)
-    memory = place_quarters(features_u4f, memory_mf[numbers_u, -3:], scale_f, grid=grid)
-    excess_p4k, chosen_p4k = nearest_quarters(query, memory, inverse, neighbours)
+    query = place_quarters(half_cells.query_p4f, query_pf[:, -3:], grid=grid)
+    memory = place_quarters(features_u4f, memory_mf[numbers_u, -3:], grid=grid)
+    excess_p4k, chosen_p4k = nearest_quarters(query, memory, inverse, neighbours, scale_f)
     return excess_p4k.flatten(0, 1), labels_u4c.flatten(0, 1)[chosen_p4k.flatten(0, 1)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -240,7 +241,7 @@ class Transfer:
             recipes,
             neighbours=self._options.neighbours,
             half_cells=memory.half_cells(query.embeddings, n, chosen) if self._options.half_cells else None,
-            search=memory.search_all if indexed else None,
+            search=memory.search_all if indexed else partial(memory.search_among, chosen),
         )
 
     def _check_recipes(
