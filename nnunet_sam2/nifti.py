@@ -38,6 +38,9 @@ SURPLUS_BYTES = 1 << 20
 _SIZE_TOLERANCE = 1e-3
 """Relative difference of the voxel size by sform and by pixdim above which they contradict each other."""
 
+_LEAST_SLOPE = 1e-12
+"""ITK takes a smaller scl_slope for none at all."""
+
 _CHUNK_VALUES = 1 << 20
 _UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 """Spatial part of xyzt_units: unknown, metre, millimetre, micrometre."""
@@ -52,18 +55,21 @@ class NiftiFacts:
     geometry: Geometry
     nonfinite_voxels: int
     repairs: Repairs
-    """What was mended in the header; voxels are mended by `read_mended`."""
+    """What was mended in the header; voxels are mended by `mend_nonfinite`."""
+    axes: int
 
     @property
-    def needs_mending(self) -> bool:
-        """Say whether SimpleITK would read something else than what the policy asks for."""
-        return bool(self.nonfinite_voxels or self.repairs)
+    def by_own_rules(self) -> bool:
+        """Say whether SimpleITK would read something else: what is to be mended, or a slice without its place."""
+        return bool(self.nonfinite_voxels or self.repairs) or self.axes not in (3, 4)
 
 
 def check_nifti(path: Path, policy: ReadPolicy = STRICT) -> NiftiFacts:
     """Read a file from end to end, in bounded memory, and refuse one that is damaged or can be read in two ways."""
     try:
         with _stream(path) as stream:
+            if isinstance(stream, gzip.GzipFile) and not path.name.lower().endswith(".gz"):
+                raise InputError(f"{path} is compressed but not named so; call it {path.name}.gz")
             head = stream.read(600)
             header = read_header(path, head)
             shape, dtype = _check_fields(path, header)
@@ -73,7 +79,7 @@ def check_nifti(path: Path, policy: ReadPolicy = STRICT) -> NiftiFacts:
     if nan + infinite and policy.nonfinite == ERROR:
         refuse_nonfinite(path, nan, infinite)
     geometry, repairs = _grid(path, header, shape, policy)
-    return NiftiFacts(geometry=geometry, nonfinite_voxels=nan + infinite, repairs=repairs)
+    return NiftiFacts(geometry=geometry, nonfinite_voxels=nan + infinite, repairs=repairs, axes=len(shape))
 
 
 def read_values(path: Path) -> np.ndarray:
@@ -171,10 +177,11 @@ def _check_fields(path: Path, header: Any) -> tuple[tuple[int, ...], np.dtype[An
     if not np.isfinite(pixdim).all() or (pixdim <= 0).any():
         raise InputError(f"{path} has voxel size {pixdim.tolist()} mm in its header; set the true one")
     slope, offset = float(header["scl_slope"]), float(header["scl_inter"])
-    if slope not in (0.0, 1.0) and not np.isfinite(slope) and not np.isnan(slope):
-        raise InputError(f"{path} multiplies its voxels by {slope} (scl_slope); get the file again")
+    if np.isinf(slope) or 0 < abs(slope) < _LEAST_SLOPE:
+        raise InputError(f"{path} multiplies its voxels by {slope:g} (scl_slope); get the file again")
     unscaled = slope == 0 or np.isnan(slope)
-    if (unscaled and offset not in (0.0,) and not np.isnan(offset)) or (not unscaled and not np.isfinite(offset)):
+    # nibabel writes NaN for both where nothing is scaled.
+    if np.isinf(offset) or (unscaled and offset != 0 and not np.isnan(offset)) or (not unscaled and np.isnan(offset)):
         raise InputError(
             f"{path} has scl_slope {slope:g} with scl_inter {offset:g}, which some readers apply and others do not; "
             "set both to what is meant"
@@ -188,14 +195,15 @@ def _read_to_the_end(
     path: Path, stream: IO[bytes], head: bytes, header: Any, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> tuple[int, int]:
     """Hold the length against the header's and the gzip checksum against the bytes; count NaN and infinite values."""
-    offset = int(header.get_data_offset())
+    begin = float(header["vox_offset"])
+    if not header["sizeof_hdr"] <= begin <= SURPLUS_BYTES or begin != int(begin):
+        raise InputError(f"{path} has a damaged header: its voxels begin at byte {begin:g}; copy or download it again")
+    offset = int(begin)
     # In exact arithmetic: a header may promise more than 64 bits can count.
     values = 1
     for length in shape:
         values *= length
     promised = offset + values * dtype.itemsize
-    if offset < int(header["sizeof_hdr"]) or offset > SURPLUS_BYTES:
-        raise InputError(f"{path} has a damaged header: its voxels begin at byte {offset}; copy or download it again")
     if not isinstance(stream, gzip.GzipFile) and path.stat().st_size < promised:
         _refuse_short(path, promised, path.stat().st_size)
     nan = infinite = 0

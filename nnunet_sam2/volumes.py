@@ -230,7 +230,7 @@ def _read(
         values, repairs = mend_nonfinite(path, read_picture(path)[:, None], policy)
         return values, Geometry(shape_zyx=(1, values.shape[2], values.shape[3])), repairs
     facts = check_content(path, policy)
-    if facts is not None and facts.needs_mending:
+    if facts is not None and facts.by_own_rules:
         array, geometry, repairs = read_values(path), facts.geometry, facts.repairs
     else:
         array, geometry, repairs = (*_read_with_simpleitk(path), Repairs())
