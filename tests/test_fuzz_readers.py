@@ -67,12 +67,15 @@ def test_any_nifti_file_is_refused_or_read_as_nibabel_reads_it(folder: Path) -> 
         try:
             array, geometry = read_stored(path, split_fourth_axis=True)
         except InputError as error:
-            assert str(path) in str(error)
-            assert "\n" not in str(error)
-            seen["refused"] += 1
-            return
+            told = str(error)
+            array = None
         finally:
             path.unlink()
+        if array is None:
+            assert str(path) in told
+            assert "\n" not in told
+            seen["refused"] += 1
+            return
         seen["read, damaged" if damaged else "read"] += 1
         values, affine = _expected(data)
         values = values.reshape(values.shape[:4]).T
@@ -110,7 +113,7 @@ def test_what_may_be_mended_is_mended_or_refused(folder: Path) -> None:
         assert np.isfinite(array).all()
         cosines = np.reshape(geometry.direction, (3, 3))
         assert np.abs(cosines.T @ cosines - np.eye(3)).max() < 3e-4
-        assert all(repairs.notes("x")) and repairs.to_json() is not None
+        assert bool(repairs.notes("x")) == bool(repairs)
         if repairs:
             write_label(folder / "back.nii.gz", np.zeros(geometry.shape_zyx, np.uint8), geometry)
             assert geometry.mismatch(read_label(folder / "back.nii.gz")[1]) is None
@@ -131,7 +134,10 @@ def test_any_metaimage_file_is_refused_or_read_whole(folder: Path) -> None:
         try:
             array, geometry = read_stored(path)
         except InputError as error:
-            assert str(path) in str(error)
+            told = str(error)
+            array = None
+        if array is None:
+            assert str(path) in told
             seen["refused"] += 1
             return
         seen["read"] += 1

@@ -17,7 +17,12 @@ from nnunet_sam2.trainers.discovery import require_nnunet
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder with images/ and labels/, or an MSD task")
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="folder with images/ and labels/, or an MSD task; or a .zip or .tar(.gz) of one",
+    )
     parser.add_argument("-d", dest="dataset_id", type=int, required=True, help="dataset id, 1 to 999")
     parser.add_argument("-n", dest="name", required=True, help="dataset name, as in DatasetXXX_NAME")
     parser.add_argument("--layout", default="auto", help="auto, folder, msd or images2d (default: auto)")
@@ -54,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=FORM_CHOICES,
         help="which placement to believe where a NIfTI file's qform and sform contradict each other (default: refuse)",
     )
+    parser.add_argument(
+        "--unpack-to",
+        type=Path,
+        metavar="DIR",
+        help="new folder in which an archive's files stay (default: they are removed once the dataset is written)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset if this command made it before")
 
 
@@ -79,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         allow_empty=args.allow_empty,
         overwrite=args.overwrite,
         policy=ReadPolicy(nonfinite=args.nan, fix_geometry=args.fix_geometry, form=args.form),
+        unpack_to=args.unpack_to,
     )
     cohort = convert(args.source, folders, options)
     classes = ", ".join(f"{name}={value}" for name, value in cohort.labels.items() if name != "background")

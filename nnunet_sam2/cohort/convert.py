@@ -17,12 +17,13 @@ from nnunet_sam2.cohort.layouts import Found, SourceCase, find
 from nnunet_sam2.cohort.layouts.folder import TEST
 from nnunet_sam2.cohort.names import checked_case_id
 from nnunet_sam2.cohort.roles import choose_cases, patients_of, suspect_patients
+from nnunet_sam2.cohort.unpacked import source_folder
 from nnunet_sam2.cohort.write import choose_ending, write_dataset
 from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import say
 from nnunet_sam2.repairs import STRICT, ReadPolicy
-from nnunet_sam2.storage import TEMPORARY_MARK, atomic_folder
+from nnunet_sam2.storage import TEMPORARY_MARK, atomic_folder, file_hash
 
 _TEST_DRAW, _LABELLED_DRAW, _UNLABELLED_DRAW = 1, 2, 3
 
@@ -52,6 +53,8 @@ class ConvertOptions:
     overwrite: bool = False
     policy: ReadPolicy = STRICT
     """What is mended while reading; nothing unless asked for."""
+    unpack_to: Path | None = None
+    """New folder in which an archive's files stay; None removes them again."""
 
     def __post_init__(self) -> None:
         for name, least in (("labelled", 1), ("unlabelled", 1), ("test_cases", 0), ("seed", 0)):
@@ -64,7 +67,8 @@ class ConvertOptions:
     def to_json(self) -> dict[str, Any]:
         """Return the options as a JSON value."""
         value = dataclasses.asdict(self)
-        value["test"] = str(self.test) if self.test else None
+        for name in ("test", "unpack_to"):
+            value[name] = str(value[name]) if value[name] else None
         return {key: list(entry) if isinstance(entry, tuple) else entry for key, entry in value.items()}
 
 
@@ -77,12 +81,23 @@ class Assignment:
 
 
 def convert(source: Path, folders: DatasetFolders, options: ConvertOptions) -> Cohort:
-    """Write ``source`` as the raw dataset ``folders.raw`` and return its cohort.
+    """Write ``source``, a folder or an archive of one, as the raw dataset ``folders.raw`` and return its cohort.
 
     Nothing is written before every file has been read and checked, and the dataset takes its name when it is whole.
     Raises `InputError` for whatever would make nnU-Net or the rounds fail later, `StageError` where writing fails.
     """
     check_target(folders, overwrite=options.overwrite)
+    with source_folder(source, folders, options.unpack_to) as folder:
+        archive = None if folder == source else file_hash(source)
+        provenance: dict[str, Any] = {"source": str(source.resolve())} | (
+            {"archive_sha256": archive} if archive else {}
+        )
+        return _convert_folder(folder, folders, options, provenance)
+
+
+def _convert_folder(
+    source: Path, folders: DatasetFolders, options: ConvertOptions, provenance: dict[str, Any]
+) -> Cohort:
     found, cases = collect(source, options)
     assignment = assign_roles(cases, options)
     cases = {case_id: cases[case_id] for case_id in sorted(assignment.role_of)}
@@ -103,7 +118,7 @@ def convert(source: Path, folders: DatasetFolders, options: ConvertOptions) -> C
         file_ending=choose_ending(checked),
         cases=(),
         provenance={
-            "source": str(source.resolve()),
+            **provenance,
             "layout": found.layout,
             "options": options.to_json(),
             "source_label_values": {str(a): b for a, b in table.source_values.items()}
