@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
 from nnunet_sam2 import __version__
-from nnunet_sam2.errors import NnunetSam2Error
+from nnunet_sam2.errors import DISK_REFUSALS, NnunetSam2Error, describe_os_error
+from nnunet_sam2.stopping import Stopped, stoppable
 
 # name -> (module under nnunet_sam2.cli, help). A module offers add_arguments(parser) and run(args) -> int and is
 # imported only when its name is called for: --help must answer without torch.
@@ -18,9 +21,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "label": ("label", "label the unlabelled cases with SAM 2"),
     "run": ("run", "alternate SAM 2 labelling and nnU-Net training until the labels stop changing"),
     "status": ("status", "show how far a run has come"),
+    "clean": ("clean", "remove what killed runs left, embeddings, or a whole run; human labels are never touched"),
     "report": ("report", "write one HTML file on how a run went, with every case to look through"),
+    "review": ("review", "look through a run's labels in a page, accept, reject or correct them"),
     "predict": ("predict", "segment images with the best round's model"),
     "evaluate": ("evaluate", "compare predictions with reference labels"),
+    "check-submission": ("check_submission", "list what is missing or wrong in a folder or zip of predictions"),
     "export": ("export", "write a model folder that stock nnU-Net predicts with"),
     "weights": ("weights", "SAM 2 checkpoints by name: list, show, fetch, add, verify"),
     "env": ("env", "print the export lines with which stock nnU-Net finds the trainer"),
@@ -48,15 +54,38 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f"nnunet_sam2.cli.{module_name}")
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
+    _write_what_the_locale_cannot()
     args = parser.parse_args(arguments)
+
+    def say_last(stopped: Stopped) -> None:
+        again = shlex.join(["nnunet_sam2", *arguments])
+        _say_error(args.command, f"stopped by {stopped.name}; what is finished is kept, go on with: {again}")
+
     try:
-        return int(args.run(args))
+        with stoppable(say_last):
+            return int(args.run(args))
     except NnunetSam2Error as error:
-        print(f"nnunet_sam2 {args.command}: {error}", file=sys.stderr)
+        _say_error(args.command, str(error))
         return error.exit_status
-    except KeyboardInterrupt:
-        print(f"nnunet_sam2 {args.command}: interrupted; the same command continues", file=sys.stderr)
-        return 130
+    except Stopped as stopped:
+        say_last(stopped)
+        return stopped.exit_status
+    except OSError as error:
+        if error.errno not in DISK_REFUSALS:
+            raise
+        _say_error(args.command, describe_os_error(error))
+        return 1
+
+
+def _say_error(command: str, text: str) -> None:
+    print(f"nnunet_sam2 {command}: {text}", file=sys.stderr, flush=True)
+
+
+def _write_what_the_locale_cannot() -> None:
+    """Let names with letters that the locale (LANG=C) lacks be written as escapes, instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""``nnunet_sam2 check-submission``: are the predicted label files complete and as they should be?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.geometry import Geometry
+
+FAULTY_STATUS = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("-d", dest="dataset", help="dataset id or DatasetXXX_Name: its test cases are wanted")
+    wanted.add_argument(
+        "-i", dest="images", type=Path, metavar="DIR", help="folder of images: a label for each is wanted"
+    )
+    parser.add_argument("-p", dest="submission", type=Path, required=True, metavar="PRED", help="folder, .zip or .tar")
+    parser.add_argument(
+        "--root", default="", metavar="DIR", help="folder that the label files must lie in, as in team/T1"
+    )
+    parser.add_argument("--ending", help="file ending (default: that of the dataset, or .nii.gz)")
+    parser.add_argument("--labels", metavar="TABLE", help="with -i: label table as for convert (default: any values)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, print a line for each fault, and return 1 where there is one."""
+    from nnunet_sam2.submission import check_submission
+
+    cases, ending, allowed = _of_dataset(args) if args.dataset else _of_images(args)
+    if not cases:
+        raise InputError("there are no test cases to hold the submission against; name their images with -i")
+    problems = check_submission(
+        args.submission, cases, ending=args.ending or ending, root=args.root.strip("/"), allowed=allowed
+    )
+    if args.json:
+        print(json.dumps({"cases": len(cases), "problems": [problem.to_json() for problem in problems]}, indent=1))
+    else:
+        for problem in problems:
+            print(f"{problem.kind}: {problem.file}: {problem.text}")
+        print(f"{len(cases)} cases wanted, {len(problems)} problems" if problems else f"{len(cases)} cases, all good")
+    return FAULTY_STATUS if problems else 0
+
+
+_Wanted = tuple[dict[str, Geometry], str, Collection[int] | None]
+
+
+def _of_dataset(args: argparse.Namespace) -> _Wanted:
+    from nnunet_sam2.cohort.cohort import Cohort
+    from nnunet_sam2.folders import find_dataset
+
+    if args.labels:
+        raise InputError("--labels goes with -i; with -d the dataset's own labels count")
+    cohort = Cohort.load(find_dataset(args.dataset).raw)
+    return {case.case_id: case.geometry for case in cohort.test}, cohort.file_ending, cohort.class_values
+
+
+def _of_images(args: argparse.Namespace) -> _Wanted:
+    from nnunet_sam2.cohort.labels import parse_labels
+    from nnunet_sam2.cohort.layouts import find
+    from nnunet_sam2.volumes import read_geometry
+
+    found = find(args.images, "folder", test=True)
+    allowed: set[int] | None = None
+    if args.labels:
+        table, _ = parse_labels(args.labels)
+        allowed = {v for value in table.values() for v in (value if isinstance(value, list) else [value])}
+    return {case.case_id: read_geometry(case.images[0]) for case in found.cases}, ".nii.gz", allowed
