@@ -23,6 +23,10 @@ class StageError(NnunetSam2Error, RuntimeError):
     exit_status = 1
 
 
+DISK_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.EIO)
+"""Errors of the operating system that are nobody's programming mistake: shown in one line."""
+
+
 def describe_os_error(error: OSError) -> str:
     """Say in one line what the operating system refused, where, and the way out."""
     where = f"{error.filename}: " if error.filename else ""

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from anisotropic_data import DATASET, Dataset
 
-from nnunet_sam2.errors import InputError
+from nnunet_sam2.errors import InputError, StageError
+from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.rounds.nnunet import (
     export_model,
     final_checkpoint,
@@ -27,9 +28,9 @@ from nnunet_sam2.rounds.nnunet import (
 from nnunet_sam2.rounds.nnunet import predict as nnunet_predict
 from nnunet_sam2.rounds.nnunet import training as nnunet_train
 from nnunet_sam2.rounds.nnunet.export import stock_plans_of
-from nnunet_sam2.rounds.nnunet.predict_worker import class_probabilities
+from nnunet_sam2.rounds.nnunet.predict_worker import class_probabilities, require_whole
 from nnunet_sam2.storage import file_hash, read_json, write_json
-from nnunet_sam2.volumes import read_label
+from nnunet_sam2.volumes import read_label, write_label
 
 ROUND = "3d_fullres_r01"
 
@@ -121,8 +122,9 @@ def test_a_fold_that_the_splits_lack_is_refused(trained: Dataset) -> None:
     [
         ({}, []),
         ({"checkpoint_latest.pth": True}, ["--c"]),
-        ({"checkpoint_latest.pth": False, "checkpoint_best.pth": True}, []),
-        ({"checkpoint_best.pth": True}, []),
+        ({"checkpoint_latest.pth": False, "checkpoint_best.pth": True}, ["--c"]),
+        ({"checkpoint_latest.pth": False, "checkpoint_best.pth": False}, []),
+        ({"checkpoint_best.pth": True}, ["--c"]),
         ({"checkpoint_final.pth": False, "checkpoint_latest.pth": True}, ["--c"]),
         ({"checkpoint_final.pth": True, "checkpoint_latest.pth": True}, ["--val"]),
     ],
@@ -132,7 +134,10 @@ def test_a_killed_training_goes_on_from_what_is_whole(tmp_path: Path, left: dict
     folder.mkdir()
     for name, whole in left.items():
         archive(folder / name, whole=whole)
-    assert nnunet_train._how_to_continue(folder) == option
+    noted = []
+    assert nnunet_train._how_to_continue(folder, lambda cause, remedy: noted.append(remedy)) == option
+    damaged = left.get("checkpoint_latest.pth") is False
+    assert noted == (["from checkpoint_best.pth" if option else "from the beginning"] if damaged else [])
     if not option:
         assert not folder.exists()
     broken = [name for name, whole in left.items() if not whole]
@@ -261,6 +266,22 @@ def test_nested_regions_share_and_disjoint_ones_do_not() -> None:
 def test_without_regions_probabilities_are_nnunets_own() -> None:
     prob = np.random.default_rng(0).random((3, 2, 2, 2)).astype(np.float32)
     assert class_probabilities(prob, None, None) is prob
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.95, 0.4])
+def test_a_prediction_that_the_disk_did_not_take_whole_is_refused(tmp_path: Path, kept: float) -> None:
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+    label_zyx = np.zeros((4, 30, 30), np.uint8)
+    label_zyx[:2] = np.random.default_rng(0).integers(0, 3, (2, 30, 30))  # what is lost of it reads as background
+    path = tmp_path / "case.nii.gz"
+    write_label(path, label_zyx, Geometry(shape_zyx=label_zyx.shape))
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    if kept == 1.0:
+        require_whole(path, label_zyx, SimpleITKIO(), path=path)
+        return
+    with pytest.raises(StageError, match="could not be written whole"):
+        require_whole(path, label_zyx, SimpleITKIO(), path=path)
 
 
 def test_a_second_prediction_is_the_same_bytes(trained: Dataset) -> None:

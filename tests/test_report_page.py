@@ -258,3 +258,19 @@ def test_blocks_are_small_for_small_images() -> None:
 def test_labelled_cases_are_not_among_those_to_look_at() -> None:
     account = make_account((*GOOD, make_case("human", 0.1, 0.1, role=Role.LABELLED)))
     assert "human" not in [case.case_id for case in account.look_first(5)]
+
+
+def test_a_collapse_is_told_with_its_evidence_and_a_second_attempt_with_its_cause() -> None:
+    verdict = judge_run(
+        make_account(
+            GOOD,
+            stop_reason="labels oscillate",
+            evidence="labels are 0.210 from the last round's but only 0.020 from those before",
+            retries=("r01/train: the GPU ran out of memory; tried once more with memory segments that can grow",),
+        )
+    )
+    assert verdict.level is Level.BAD
+    assert verdict.headline == "Stopped after 2 rounds: labels oscillate"
+    told = {finding.title: finding.text for finding in verdict.findings}
+    assert told["Labels oscillate"].startswith("Labels are 0.210 from the last round's but only 0.020")
+    assert "ran out of memory" in told["A stage was tried again once"]

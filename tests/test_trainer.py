@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +141,21 @@ def test_a_killed_training_ends_as_one_that_was_not(roots: NnunetRoots, tmp_path
     folder = Path(killed.output_folder)
     assert not (folder / "checkpoint_final.pth").exists()
 
-    torch.manual_seed(99)  # another process has other random numbers
-    np.random.seed(99)
-    continued = make_trainer(roots, R01)
-    continued.load_checkpoint(str(folder / "checkpoint_latest.pth"))
-    assert continued.current_epoch == 2
-    continued.run_training()
+    shutil.copytree(folder, tmp_path / "left")
+
+    for left in ("latest", "best"):  # the best one serves where the latest was damaged
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "left", folder)
+        torch.manual_seed(99)  # another process has other random numbers
+        np.random.seed(99)
+        continued = make_trainer(roots, R01)
+        continued.load_checkpoint(str(folder / f"checkpoint_{left}.pth"))
+        assert continued.current_epoch == 2 if left == "latest" else continued.current_epoch in (1, 2)
+        continued.run_training()
+        _assert_ended_as(folder, whole, best)
+
+
+def _assert_ended_as(folder: Path, whole: dict, best: dict) -> None:
     again = torch.load(folder / "checkpoint_final.pth", weights_only=False)
     assert_same_weights(again["network_weights"], whole["network_weights"])
     for key in ("train_losses", "val_losses", "mean_fg_dice", "ema_fg_dice"):

@@ -185,6 +185,8 @@ def run(args: argparse.Namespace) -> int:
     state = run_loop(folders, options, report=report)
     say(rounds_table(state))
     say(f"stopped: {state.stop_reason}; best round: {state.best_round} ({state.configuration_of()})")
+    if state.evidence.get("text"):
+        say(f"evidence: {state.evidence['text']}")
     say(f"labels, confidence and the ledger: {state.folder}")
     if (state.folder / REPORT_FILE).is_file():
         say(f"report, to open in a browser: {state.folder / REPORT_FILE}")

@@ -6,6 +6,7 @@ import argparse
 import json
 
 from nnunet_sam2.folders import find_dataset
+from nnunet_sam2.rounds.lock import OWNER_FILE, Owner
 from nnunet_sam2.rounds.state import RunState, find_runs, read_state
 
 
@@ -28,12 +29,20 @@ def run(args: argparse.Namespace) -> int:
     print(rounds_table(state))
     if state.stop_reason:
         print(f"stopped: {state.stop_reason}")
+        if state.evidence.get("text"):
+            print(f"evidence: {state.evidence['text']}")
     elif state.running_stage:
-        print(f"in stage {state.running_stage}; if no process is at work on it, the same run command continues")
+        owner = Owner.read(state.folder / OWNER_FILE)
+        if owner is not None and not owner.is_elsewhere and owner.is_alive:
+            print(f"in stage {state.running_stage}; process {owner.pid} is at work on it")
+        else:
+            print(f"in stage {state.running_stage}; if no process is at work on it, the same run command continues")
     else:
         print("between stages; the same run command continues")
     if state.best_round is not None:
         print(f"best round: {state.best_round} ({state.configuration_of()})")
+    for retry in state.retries:
+        print(f"tried once more: {retry['stage']} ({retry['cause']}), {retry['remedy']}")
     print(f"time spent in finished stages: {duration(state.seconds)}")
     return 0
 

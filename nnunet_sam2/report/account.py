@@ -141,6 +141,10 @@ class RunAccount:
     cases: tuple[CaseAccount, ...]
     stop_reason: str | None = None
     """Value of a `StopReason`; None while the run goes on."""
+    evidence: str = ""
+    """What shows the reason to stop, in a sentence; empty where the reason says it all."""
+    retries: tuple[str, ...] = ()
+    """Stages that were tried once more after they had failed, with cause and remedy."""
     running_stage: str | None = None
     best_round: int | None = None
     mean_change_limit: float

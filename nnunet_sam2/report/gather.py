@@ -27,6 +27,7 @@ _KINDS = {
     "predict": "nnU-Net prediction",
     "quality": "judging labels",
     "fuse": "fusing labels",
+    "signs": "fusing labels",
     "labels": "fusing labels",
 }
 """Last part of a stage's name to what the report calls it."""
@@ -51,6 +52,8 @@ def gather(files: RunFiles) -> RunAccount:
         rounds=tuple(_rounds(files)),
         cases=tuple(_cases(files, records)),
         stop_reason=state.stop_reason,
+        evidence=state.evidence.get("text", ""),
+        retries=tuple(f"{r['stage']}: {r['cause']}; tried once more {r['remedy']}" for r in state.retries),
         running_stage=state.running_stage,
         best_round=state.best_round,
         mean_change_limit=options.mean_change,

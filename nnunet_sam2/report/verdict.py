@@ -59,6 +59,7 @@ def judge_run(account: RunAccount) -> Verdict:
             _used(account),
             _volumes(account),
             _missing(account),
+            _retried(account),
         )
         if found is not None
     ]
@@ -127,7 +128,8 @@ def _ended(account: RunAccount) -> Finding | None:
     expected = (StopReason.CONVERGED.value, StopReason.ROUND_LIMIT.value, StopReason.VALIDATION_FELL.value)
     if reason is None or reason in expected:
         return None
-    text = "The run ended for this reason and kept the best round before it."
+    shown = account.evidence[:1].upper() + account.evidence[1:] + ". " if account.evidence else ""
+    text = shown + "The run ended for this reason and kept the best round before it."
     return Finding(level=Level.BAD, title=reason[0].upper() + reason[1:], text=text)
 
 
@@ -262,6 +264,15 @@ def _missing(account: RunAccount) -> Finding | None:
         level=Level.LOOK,
         title="Classes missing",
         text=f"{_count(len(lacking), 'case')} without a class that every labelled case shows: {_named(lacking)}.",
+    )
+
+
+def _retried(account: RunAccount) -> Finding | None:
+    if not account.retries:
+        return None
+    times = "once" if len(account.retries) == 1 else f"{len(account.retries)} times"
+    return Finding(
+        level=Level.NOTE, title=f"A stage was tried again {times}", text=" ".join(f"{r}." for r in account.retries)
     )
 
 

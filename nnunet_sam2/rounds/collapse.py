@@ -81,14 +81,14 @@ def label_collapse(
 
     ``human`` are the signs of the human labels, ``changes`` the mean changes from round to round.
     """
-    first, last = min(signs), max(signs)
-    if last == first:
+    if len(signs) < 2:
         return None
+    first, before, last = min(signs), *sorted(signs)[-2:]
     return (
         vanished_class(signs[first], signs[last], human, rise=empty_rise)
         or drifted_volume(signs[first], signs[last], human, factor=volume_drift)
         or swinging_labels(
-            changes.get(last - 1), changes.get(last), signs[last].two_round_change, oscillation, settled_change
+            changes.get(before), changes.get(last), signs[last].two_round_change, oscillation, settled_change
         )
     )
 

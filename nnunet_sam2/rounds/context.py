@@ -14,7 +14,7 @@ from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.labeller import require_memory
 from nnunet_sam2.labelling.registry import make_strategy
 from nnunet_sam2.progress import say
-from nnunet_sam2.rounds import nnunet
+from nnunet_sam2.rounds import disk, nnunet
 from nnunet_sam2.rounds.ledger import Ledger
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import RUNS_FOLDER
@@ -22,8 +22,11 @@ from nnunet_sam2.sam2.weights.cache import weights_identity
 from nnunet_sam2.storage import file_hash, read_json
 from nnunet_sam2.trainers.settings import RoundSettings
 
+EMBEDDINGS = "embeddings"
+"""Folder of SAM 2's features under that of a dataset's runs, which share them."""
 
-def load_labeller(options: RunOptions, cache_dir: Path | None) -> Any:
+
+def load_labeller(options: RunOptions, cache_dir: Path | None, *, precision: str | None = None) -> Any:
     """Load SAM 2 as the options say; raise `InputError` where it cannot serve the strategy."""
     from nnunet_sam2.sam2.backend import load_backend
 
@@ -34,6 +37,7 @@ def load_labeller(options: RunOptions, cache_dir: Path | None) -> Any:
         image_size=options.image_size,
         cache_dir=cache_dir,
         threads=options.threads,
+        precision=precision,
     )
     require_memory(strategy, backend)
     return backend
@@ -58,10 +62,25 @@ class RunContext:
 
     @cached_property
     def backend(self) -> Any:
-        """Load SAM 2, once, with its embeddings kept under the results of the dataset."""
-        backend = load_labeller(self.options, self.folders.results / RUNS_FOLDER / "embeddings")
+        """Load SAM 2, once, with its embeddings kept under the results of the dataset where there is room for them."""
+        folder = self.folders.results / RUNS_FOLDER / EMBEDDINGS
+        backend = load_labeller(self.options, folder)
+        looks = disk.LOOKS.get(self.options.strategy, 1)
+        needed = disk.embedding_bytes(disk.run_size(self.cohort), backend.spec.image_size, looks=looks)
+        free = disk.free_bytes(folder) + disk.folder_bytes(folder)
+        if free < needed + disk.RESERVE:
+            say(
+                f"SAM 2's features are not kept on disk, where they may take {disk.readable(needed)} and "
+                f"{disk.readable(free)} are free; slices are encoded again where they are needed again"
+            )
+            backend = load_labeller(self.options, None)
         say(f"SAM 2: {backend.spec.origin}")
         return backend
+
+    def cpu_backend(self, like: Any) -> Any:
+        """Load SAM 2 on the CPU, computing in the number format of ``like``: for what a GPU has no memory for."""
+        folder = self.folders.results / RUNS_FOLDER / EMBEDDINGS
+        return load_labeller(replace(self.options, device="cpu"), folder, precision=like.spec.precision)
 
     @cached_property
     def sam2_identity(self) -> str:

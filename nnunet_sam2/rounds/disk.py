@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 from collections.abc import Mapping
@@ -176,6 +177,15 @@ def require_room(folder: Path, needed: int, *, what: str) -> None:
             f"{what} writes up to {readable(needed)} and needs {readable(RESERVE)} to spare, but only {readable(free)} "
             f"are free where {folder} lies; make room and give the same command again (nothing of it was written)"
         )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of all files under a folder; 0 where there is none."""
+    found = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # another process may remove what was just listed
+            found += path.stat().st_size if path.is_file() else 0
+    return found
 
 
 def readable(count: float) -> str:

@@ -17,6 +17,7 @@ from nnunet_sam2.labelling.quality.record import calibration_of, read_estimates
 from nnunet_sam2.labelling.records import record_path
 from nnunet_sam2.labelling.registry import make_strategy
 from nnunet_sam2.rounds.context import RunContext
+from nnunet_sam2.rounds.device_memory import on_cpu_if_full
 from nnunet_sam2.rounds.holds import Holds, holds_to_json
 from nnunet_sam2.rounds.ledger import StageResult
 from nnunet_sam2.rounds.pseudo_labels import Fused, fuse_cases
@@ -174,13 +175,16 @@ class LabellingStages:
         cases = [c.case_id for c in self.run.cohort.unlabelled]
 
         def work() -> StageResult:
-            files = measure_folder(
-                self.run.support_cohort,
-                cases,
-                support_ids=self.run.support_ids,
-                backend=self.run.backend,
-                labels=self.run.round_folder(student.number) / "student",
-                out=self._judged(student),
+            files = on_cpu_if_full(
+                self.run,
+                lambda backend: measure_folder(
+                    self.run.support_cohort,
+                    cases,
+                    support_ids=self.run.support_ids,
+                    backend=backend,
+                    labels=self.run.round_folder(student.number) / "student",
+                    out=self._judged(student),
+                ),
             )
             return StageResult(files=files)
 
@@ -266,19 +270,22 @@ class LabellingStages:
         calibrate_on: Sequence[str] = (),
     ) -> tuple[list[dict[str, Any]], tuple[Path, ...]]:
         settings = self.run.options.strategy_options if strategy == self.run.options.strategy else {}
-        records = label_cases(
-            cohort=self.run.support_cohort,
-            case_ids=case_ids,
-            support_ids=support_ids,
-            strategy=make_strategy(strategy, settings),
-            backend=self.run.backend,
-            out=out,
-            seed=self.run.options.seed,
-            save_probabilities=True,
-            student_probabilities=student_probabilities,
-            quality=QualityOptions() if calibration is not None or calibrate_on else None,
-            calibration=calibration,
-            calibrate_on=calibrate_on,
+        records = on_cpu_if_full(
+            self.run,
+            lambda backend: label_cases(
+                cohort=self.run.support_cohort,
+                case_ids=case_ids,
+                support_ids=support_ids,
+                strategy=make_strategy(strategy, settings),
+                backend=backend,
+                out=out,
+                seed=self.run.options.seed,
+                save_probabilities=True,
+                student_probabilities=student_probabilities,
+                quality=QualityOptions() if calibration is not None or calibrate_on else None,
+                calibration=calibration,
+                calibrate_on=calibrate_on,
+            ),
         )
         ending = self.run.cohort.file_ending
         files = tuple(path for case_id in case_ids for path in label_files(out, case_id, ending, probabilities=True))

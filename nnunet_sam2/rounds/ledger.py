@@ -26,12 +26,16 @@ BACKUP_FILE = "ledger.backup.jsonl"
 
 LEDGER_VERSION = 1
 
+RETRIED = "retried"
+"""Event: a stage is tried once more."""
+
 FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "run": {"options": dict},
     "started": {"stage": str, "key": str, "inputs": dict},
     "done": {"stage": str, "key": str, "digest": str, "files": dict, "info": dict, "seconds": (int, float)},
     "stopped": {"reason": str, "best_round": int},
     "machine": {"machine": dict},
+    RETRIED: {"stage": str, "cause": str, "remedy": str},
 }
 """What an event of each kind must hold; other kinds are notes and may hold anything."""
 
@@ -121,6 +125,11 @@ class Ledger:
             raise StageError(f"the ledger cannot be written: {describe_os_error(error)}") from error
         self.events.append(entry)
         return entry
+
+    def note_retry(self, cause: str, remedy: str) -> None:
+        """Note that the stage at work is tried once more, why, and what is done otherwise."""
+        at_work = [event["stage"] for event in self.events if event["event"] == "started"]
+        self.append(RETRIED, stage=at_work[-1] if at_work else "", cause=cause, remedy=remedy)
 
     def done(self, stage: str, key: str) -> dict[str, Any] | None:
         """Return the stage's ``done`` event if its key matches and its files are unchanged, else None."""

@@ -2,16 +2,63 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.progress import say
+from nnunet_sam2.storage import read_json, write_json
 
 LOCK_FILE = "run.lock"
 OWNER_FILE = "run.owner"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems without locks answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """Name the process that works on a run."""
+
+    pid: int
+    host: str
+    started: float
+    """Start of the process, so that another one with its number is not taken for it."""
+
+    @classmethod
+    def this(cls) -> Owner:
+        """Return this process."""
+        return cls(pid=os.getpid(), host=socket.gethostname(), started=psutil.Process().create_time())
+
+    @classmethod
+    def read(cls, path: Path) -> Owner | None:
+        """Read who entered itself; None where nobody did or the entry is damaged."""
+        try:
+            value = read_json(path)
+            return cls(pid=int(value["pid"]), host=str(value["host"]), started=float(value["started"]))
+        except (InputError, KeyError, TypeError, ValueError):
+            return None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Return whether it runs on another machine."""
+        return self.host != socket.gethostname()
+
+    @property
+    def is_alive(self) -> bool:
+        """Return whether it runs on this machine."""
+        try:
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.started) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
 
 
 @contextmanager
@@ -19,20 +66,50 @@ def only_run(folder: Path) -> Iterator[None]:
     """Hold the folder's lock during the block; raise `InputError` naming the owner where another process has it.
 
     The operating system frees the lock when its owner dies, so that a killed run never has to be unlocked by hand.
+    Where a file system has no such locks, the owner's entry stands in: one of a dead process is passed over, one from
+    another machine is explained.
     """
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    owner = folder / OWNER_FILE
+    entry = folder / OWNER_FILE
     lock = FileLock(folder / LOCK_FILE)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        who = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "another process"
-        raise InputError(f"{folder} is in use by {who}; wait for it or stop it") from None
+        raise InputError(in_use(folder, Owner.read(entry))) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        owner = Owner.read(entry)
+        if owner is not None and (owner.is_elsewhere or owner.is_alive):
+            raise InputError(in_use(folder, owner)) from None
     try:
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        left = Owner.read(entry)
+        if left is not None:
+            say(f"process {left.pid} on {left.host} ended in the middle of this run; going on from what it finished")
+        write_json(entry, vars(Owner.this()))
         yield
     finally:
-        owner.unlink(missing_ok=True)
+        entry.unlink(missing_ok=True)
         lock.release()
+
+
+def in_use(folder: Path, owner: Owner | None) -> str:
+    """Explain a lock that is held: by whom, whether that can be, and what to do."""
+    if owner is None:
+        return f"{folder} is in use by another process; wait for it or stop it"
+    who = f"process {owner.pid} on {owner.host}"
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(owner.started))
+    files = f"{folder / LOCK_FILE} and {OWNER_FILE}"
+    if owner.is_elsewhere:
+        return (
+            f"{folder} is in use by {who}, another machine, since {since}; wait for it or stop it there. "
+            f"If that machine is gone for good, remove {files}"
+        )
+    if owner.is_alive:
+        return f"{folder} is in use by {who} since {since}; wait for it or stop it"
+    return (
+        f"{folder} is locked by {who}, which no longer runs: a stale lock, kept by the file system or by a process "
+        f"that it started; end that one, or remove {files}"
+    )

@@ -11,8 +11,10 @@ from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import say
 from nnunet_sam2.provenance import provenance
+from nnunet_sam2.rounds.collapse import Ending
 from nnunet_sam2.rounds.context import RunContext, load_labeller
-from nnunet_sam2.rounds.convergence import RoundOutcome, StopReason, best_round, stop_reason
+from nnunet_sam2.rounds.convergence import RoundOutcome, best_round
+from nnunet_sam2.rounds.health import Health
 from nnunet_sam2.rounds.labelling_stages import LabellingStages
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, Ledger
 from nnunet_sam2.rounds.lock import only_run
@@ -20,6 +22,7 @@ from nnunet_sam2.rounds.nnunet import PLANS
 from nnunet_sam2.rounds.nnunet.plan import SPLITS_FILE
 from nnunet_sam2.rounds.options import RunOptions, describe_difference
 from nnunet_sam2.rounds.pseudo_labels import Fused
+from nnunet_sam2.rounds.room import Room
 from nnunet_sam2.rounds.round_review import RoundReview
 from nnunet_sam2.rounds.state import RunState, read_state, run_folder, state_of_events
 from nnunet_sam2.rounds.training_stages import Student, TrainingStages
@@ -53,12 +56,15 @@ def run_loop(folders: DatasetFolders, options: RunOptions, *, report: Report | N
         _remember_machine(ledger, options)
         remove_temporary_files(folder)
         run = RunContext(folders=folders, cohort=cohort, options=options, ledger=ledger, folder=folder)
+        _refuse_other_weights(run)
+        ledger.before_stage = Room(run).require
         _alternate(run, report or (lambda finished: None))
     return read_state(folders, options.run_name)
 
 
 def _alternate(run: RunContext, report: Report) -> None:
     options, sam2, nnunet, review = run.options, LabellingStages(run), TrainingStages(run), RoundReview(run)
+    health = Health(run)
     known = _stages_done(run.ledger)
     nnunet.prepare()
     support_labels = sam2.label_from_supports()
@@ -75,9 +81,9 @@ def _alternate(run: RunContext, report: Report) -> None:
         if _stages_done(run.ledger) > known:
             report(False)
 
-    reason: StopReason | None = None
+    ending: Ending | None = None
     number = 0
-    while reason is None:
+    while ending is None:
         number = run.next_number(number)
         known = _stages_done(run.ledger)
         if student is not None:
@@ -86,31 +92,21 @@ def _alternate(run: RunContext, report: Report) -> None:
         labels = labels_of[number] = sam2.fuse(
             number, support_labels, student, refined, previous=labels, holds=review.of(number)
         )
-        if not labels.used_cases:
-            reason = StopReason.NOTHING_TO_LABEL
-            if review.more_after(number):
-                reason = None
-                continue
-            break
-        nnunet.make_data(number, labels=labels)
-        student = students[number] = nnunet.train(number, warm_start=student)
-        outcomes.append(RoundOutcome(number=number, change=labels.change, validation_dice=student.validation_dice))
-        say(_describe(outcomes[-1], options))
-        if _stages_done(run.ledger) > known:
-            report(False)
-        reason = stop_reason(
-            outcomes,
-            round_limit=options.round_limit,
-            mean_change=options.mean_change,
-            worst_tenth_change=options.worst_tenth_change,
-            validation_drop=options.validation_drop,
-        )
-        if reason is not None and review.more_after(number):
-            say(f"{reason.value}, but people have had their word since round {number} began: another round follows")
-            reason = None
+        ending = health.of_labels(number, labels, student)
+        if ending is None:
+            nnunet.make_data(number, labels=labels)
+            student = students[number] = nnunet.train(number, warm_start=student)
+            outcomes.append(RoundOutcome(number=number, change=labels.change, validation_dice=student.validation_dice))
+            say(_describe(outcomes[-1], options))
+            if _stages_done(run.ledger) > known:
+                report(False)
+            ending = health.of_round(outcomes)
+        if ending is not None and review.more_after(number):
+            say(f"{ending.reason.value}, but people have had their word since round {number} began: another follows")
+            ending = None
     if not outcomes:
         raise StageError(
-            "SAM 2 found nothing in any unlabelled case and there is no baseline to go on with; "
+            f"no round was trained ({ending.reason.value}) and there is no baseline to go on with; "
             "look at the labels with nnunet_sam2 label, or run without --skip-baseline"
         )
     best = best_round(outcomes)
@@ -129,7 +125,8 @@ def _alternate(run: RunContext, report: Report) -> None:
     sam2.finish(students[best], support_labels, holds=review.of(number))
     run.ledger.append(
         "stopped",
-        reason=reason.value,
+        reason=ending.reason.value,
+        evidence=ending.evidence,
         best_round=best,
         validation_watched=outcomes[-1].validation_dice is not None,
     )
@@ -178,7 +175,7 @@ def refuse_unusable(folders: DatasetFolders, cohort: Cohort, options: RunOptions
 def _remember_options(ledger: Ledger, folder: Path, options: RunOptions) -> None:
     before = state_of_events(folder, ledger.events).options
     if before:
-        known = RunOptions(**before).identity()
+        known = RunOptions.from_json(before, where=ledger.path).identity()
         if known != options.identity():
             raise InputError(
                 f"{folder} was started with other options ({describe_difference(known, options.identity())}); "
@@ -192,6 +189,17 @@ def _remember_options(ledger: Ledger, folder: Path, options: RunOptions) -> None
                 "give --branch NAME for a new run"
             )
     ledger.append("run", options=options.to_json())
+
+
+def _refuse_other_weights(run: RunContext) -> None:
+    """Refuse to go on with a SAM 2 whose file is no longer the one that the run's labels came from."""
+    known = [e["inputs"].get("sam2") for e in run.ledger.events if e["event"] == "started" and "sam2" in e["inputs"]]
+    if known and known[-1] != run.sam2_identity:
+        raise InputError(
+            f"--sam2 {run.options.sam2} is another model than the one that {run.folder} was started with "
+            f"(sha256 {run.sam2_identity[:12]}, before {str(known[-1])[:12]}); put that one back, "
+            "or give --branch NAME for a new run beside it"
+        )
 
 
 def _ended(ledger: Ledger) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
-from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
+from nnunet_sam2.rounds.ledger import LEDGER_FILE, RETRIED, read_events
 
 RUNS_FOLDER = "nnunet_sam2"
 """Folder of all runs under a dataset's results; nnU-Net's tools pass it by, for it is no ``A__B__C`` triple."""
@@ -46,6 +46,10 @@ class RunState:
     rounds: tuple[RoundState, ...]
     running_stage: str | None
     stop_reason: str | None
+    evidence: dict[str, Any]
+    """What shows the reason to stop, with a sentence under ``text``; empty where the reason says it all."""
+    retries: tuple[dict[str, Any], ...]
+    """Stages that were tried once more: ``stage``, ``cause``, ``remedy``."""
     best_round: int | None
     seconds: float
 
@@ -78,6 +82,8 @@ class RunState:
             "rounds": [vars(r) for r in self.rounds],
             "running_stage": self.running_stage,
             "stop_reason": self.stop_reason,
+            "evidence": self.evidence,
+            "retries": list(self.retries),
             "best_round": self.best_round,
             "seconds": self.seconds,
         }
@@ -133,6 +139,12 @@ def state_of_events(folder: Path, events: Sequence[dict[str, Any]]) -> RunState:
         rounds=tuple(sorted(rounds, key=lambda r: r.number)),
         running_stage=running,
         stop_reason=stopped["reason"] if stopped else None,
+        evidence=dict(stopped.get("evidence") or {}) if stopped else {},
+        retries=tuple(
+            {name: event[name] for name in ("stage", "cause", "remedy")}
+            for event in events
+            if event["event"] == RETRIED
+        ),
         best_round=stopped["best_round"] if stopped else _best_so_far(rounds),
         seconds=sum(event["seconds"] for event in events if event["event"] == "done"),
     )

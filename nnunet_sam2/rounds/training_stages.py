@@ -51,6 +51,7 @@ class TrainingStages:
                 self.run.cohort,
                 self.run.options.configuration,
                 log=self.run.logs / "plan_and_preprocess.log",
+                hang_minutes=self.run.options.hang_minutes,
             )
             folds = nnunet.write_splits(self.run.folders, self.run.cohort)
             nnunet.preprocess_unlabelled(
@@ -126,6 +127,8 @@ class TrainingStages:
                 device=self.run.options.device,
                 log=self.run.logs / f"{name}_train.log",
                 threads=self.run.options.threads,
+                hang_minutes=self.run.options.hang_minutes,
+                note=self.run.ledger.note_retry,
             )
             validation = (
                 nnunet.read_validation(self.run.folders, name, self.run.fold) if self.run.validation_ids else None
@@ -175,6 +178,8 @@ class TrainingStages:
                 log=self.run.logs / f"{student.configuration}_predict.log",
                 save_probabilities=True,
                 threads=self.run.options.threads,
+                hang_minutes=self.run.options.hang_minutes,
+                note=self.run.ledger.note_retry,
             )
             probabilities = [out / PROBABILITIES / f"{c.case_id}.npz" for c in cases]
             return StageResult(files=(*files, *probabilities))

@@ -62,6 +62,19 @@ def class_probabilities(
     return result_czyx
 
 
+def require_whole(written: Path, label_zyx: np.ndarray, reader: Any, *, path: Path) -> None:
+    """Raise `StageError` where the file does not hold the label: SimpleITK says nothing when the disk is full."""
+    try:
+        if file_ending(path) not in PICTURE_ENDINGS:
+            check_content(written)
+        back = np.asarray(reader.read_seg(str(written))[0])
+        whole = back.size == label_zyx.size and np.array_equal(back.reshape(label_zyx.shape), label_zyx)
+    except (InputError, OSError, RuntimeError):
+        whole = False
+    if not whole:
+        raise StageError(f"{path} could not be written whole: No space left on device, or the disk is damaged")
+
+
 def _predictor(request: dict[str, Any]) -> Any:
     import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -87,7 +100,7 @@ def _predict(predictor: Any, job: dict[str, Any]) -> None:
     hashes = {}
     with atomic_path(Path(job["label"])) as temporary:
         reader.write_seg(label_zyx, str(temporary), properties)
-        _require_whole(temporary, label_zyx, reader, path=Path(job["label"]))
+        require_whole(temporary, label_zyx, reader, path=Path(job["label"]))
     hashes["label"] = file_hash(Path(job["label"]))
     if prob_czyx is not None:
         labels = predictor.label_manager
@@ -97,19 +110,6 @@ def _predict(predictor: Any, job: dict[str, Any]) -> None:
         )
         hashes["probabilities"] = file_hash(Path(job["probabilities"]))
     write_json(Path(job["record"]), {"key": job["key"], "hashes": hashes})
-
-
-def _require_whole(written: Path, label_zyx: np.ndarray, reader: Any, *, path: Path) -> None:
-    """Raise `StageError` where the file does not hold the label: SimpleITK says nothing when the disk is full."""
-    try:
-        if file_ending(path) not in PICTURE_ENDINGS:
-            check_content(written)
-        back = np.asarray(reader.read_seg(str(written))[0])
-        whole = back.size == label_zyx.size and np.array_equal(back.reshape(label_zyx.shape), label_zyx)
-    except (InputError, OSError, RuntimeError):
-        whole = False
-    if not whole:
-        raise StageError(f"{path} could not be written whole: No space left on device, or the disk is damaged")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,38 @@
+"""``nnunet_sam2 clean``: make room, without ever touching raw data and human labels."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("-d", dest="dataset", required=True, help="dataset id or DatasetXXX_Name")
+    parser.add_argument("--keep-embeddings", action="store_true", help="keep SAM 2's features for the next run")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--run", dest="run_name", help="also delete this whole run: labels, models, decisions on it")
+    which.add_argument("--all", action="store_true", help="also delete all runs of the dataset")
+    parser.add_argument("--yes", action="store_true", help="delete runs without being asked")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Remove temporary files and embeddings, and runs where that is asked for; print what went."""
+    from nnunet_sam2.errors import InputError
+    from nnunet_sam2.folders import find_dataset
+    from nnunet_sam2.progress import say
+    from nnunet_sam2.rounds.cleaning import all_runs, clean, parts_of_run
+    from nnunet_sam2.rounds.disk import folder_bytes, readable
+
+    folders = find_dataset(args.dataset)
+    runs = all_runs(folders) if args.all else [args.run_name] if args.run_name else []
+    parts = [path for name in runs for path in parts_of_run(folders, name)]
+    if runs and not args.yes:
+        for path in parts:
+            say(f"would delete {path} ({readable(folder_bytes(path) if path.is_dir() else path.stat().st_size)})")
+        raise InputError(f"deleting {', '.join(runs)} cannot be undone; give --yes to do it")
+    removed = clean(folders, embeddings=not args.keep_embeddings, runs=runs)
+    for removal in removed:
+        say(f"removed {removal.what}: {len(removal.paths)} files and folders, {readable(removal.count)}")
+    if not removed:
+        say("nothing to remove")
+    return 0

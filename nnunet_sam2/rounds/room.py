@@ -1,0 +1,50 @@
+"""Whether a run's next stage has room on the disk, asked before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nnunet_sam2.rounds import disk
+from nnunet_sam2.rounds.context import RunContext
+
+_INTO_PREPROCESSED = ("plan", "data")
+
+
+class Room:
+    """Know what a run's stages write, and where."""
+
+    def __init__(self, run: RunContext) -> None:
+        self.run = run
+
+    def require(self, stage: str) -> None:
+        """Raise `StageError` where there is no room for what a stage writes; nothing of it has been written then.
+
+        Files that a killed stage left and will find again are not counted.
+        """
+        run, kind = self.run, stage.rsplit("/", 1)[-1]
+        folder = run.folders.preprocessed if kind in _INTO_PREPROCESSED else run.folder
+        kept = self._kept(stage)
+        there = disk.folder_bytes(kept) if kept else 0
+        disk.require_room(folder, max(0, disk.stage_bytes(stage, self.size) - there), what=f"stage {stage}")
+
+    @property
+    def size(self) -> disk.RunSize:
+        """Return the numbers that a stage's bytes follow from; from nnU-Net's plans as soon as there are some."""
+        run = self.run
+        planned = any(event["event"] == "done" and event["stage"] == "setup/plan" for event in run.ledger.events)
+        return disk.run_size(
+            run.cohort,
+            validation_ids=tuple(run.validation_ids) if planned else (),
+            plans=run.plans if planned else None,
+            configuration=run.options.configuration,
+            overrides=run.overrides if planned else None,
+            light=run.options.profile == "cpu",
+        )
+
+    def _kept(self, stage: str) -> Path | None:
+        number, kind = stage.rsplit("/", 1)
+        of_run = {"sam2_quality": "sam2/labelled", "sam2": "sam2/unlabelled"}
+        if kind in of_run:
+            return self.run.folder / of_run[kind]
+        of_round = {"predict": "student", "refine": "prompted"}
+        return self.run.folder / number / of_round[kind] if kind in of_round else None
