@@ -1,0 +1,77 @@
+"""What this machine has: memory that a process may take, cores, shared memory, file systems. No torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+CGROUP_FILES = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+"""Where Linux says what a container or a job may take: version 2, version 1."""
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Hold bytes of main memory."""
+
+    total: int
+    available: int
+    """Free now, or freed as soon as asked for."""
+    limit: int | None
+    """What a container or job may take, where that is less than the machine has."""
+
+    @property
+    def usable(self) -> int:
+        """Return the most that a process may ever hold."""
+        return self.total if self.limit is None else min(self.total, self.limit)
+
+
+def read_memory() -> Memory:
+    """Ask the system for its memory."""
+    import psutil
+
+    found = psutil.virtual_memory()
+    return Memory(
+        total=int(found.total), available=int(found.available), limit=memory_limit(CGROUP_FILES, int(found.total))
+    )
+
+
+def memory_limit(files: tuple[Path, ...], total: int) -> int | None:
+    """Return the smallest limit that the files name, None where it is no limit at all."""
+    limits = []
+    for path in files:
+        try:
+            text = path.read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if text.isdigit() and int(text) < total:
+            limits.append(int(text))
+    return min(limits, default=None)
+
+
+def usable_cores() -> int:
+    """Return the cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return the path or the nearest of its parents that exists."""
+    return next((p for p in (path, *path.parents) if p.exists()), Path(path.anchor or "."))
+
+
+def file_system(path: Path) -> int:
+    """Return the number of the file system that ``path`` will lie on."""
+    return nearest_existing(path).stat().st_dev
+
+
+def shared_memory_bytes(folder: Path = SHARED_MEMORY) -> int | None:
+    """Return the size of the shared memory, None where the system has no such folder."""
+    return shutil.disk_usage(folder).total if folder.is_dir() else None

@@ -1,0 +1,248 @@
+"""A run's estimate: the cohort's sizes, this machine's measurements, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_sam2.cohort.cohort import Case, Cohort
+from nnunet_sam2.cohort.splits import make_splits
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.labelling.registry import make_strategy
+from nnunet_sam2.machine import Memory, file_system, read_memory
+from nnunet_sam2.rounds.disk import RESERVE, free_bytes, readable, run_size
+from nnunet_sam2.rounds.estimate.costs import Cost, StageEstimate
+from nnunet_sam2.rounds.estimate.labelling_costs import LabellingCosts
+from nnunet_sam2.rounds.estimate.nnunet_costs import NnunetCosts
+from nnunet_sam2.rounds.estimate.selfbench import Measured, measure
+from nnunet_sam2.rounds.estimate.stages import RunEstimator
+from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
+from nnunet_sam2.rounds.nnunet import PLANS, light_configuration
+from nnunet_sam2.rounds.nnunet.plan import MARKER_FILE, SPLITS_FILE
+from nnunet_sam2.rounds.options import RunOptions
+from nnunet_sam2.rounds.state import run_folder
+from nnunet_sam2.storage import read_json
+
+BUSY = 1.25
+"""Processes for each core from which on the machine is called busy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEstimate:
+    """Hold the stages of a run with what each takes, and what it was estimated from."""
+
+    folder: Path
+    stages: tuple[StageEstimate, ...]
+    assumptions: tuple[str, ...]
+    obstacles: tuple[str, ...]
+    """Why the run cannot fit on this machine, each with its numbers and a way out."""
+    warnings: tuple[str, ...]
+
+    @property
+    def cost(self) -> Cost:
+        """Return the seconds of all stages."""
+        return Cost.total(stage.cost for stage in self.stages)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Return the most memory of any stage."""
+        return max((stage.memory_bytes for stage in self.stages), default=0)
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Return the most accelerator memory of any stage."""
+        return max((stage.gpu_bytes for stage in self.stages), default=0)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Return what all stages leave on the disk."""
+        return sum(stage.disk_bytes for stage in self.stages)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the estimate as a JSON value."""
+        return {
+            "run": str(self.folder),
+            "stages": [stage.to_json() for stage in self.stages],
+            "sum": {
+                "seconds": round(self.cost.seconds, 1),
+                "cpu_seconds": round(self.cost.cpu_seconds, 1),
+                "memory_bytes": self.memory_bytes,
+                "gpu_bytes": self.gpu_bytes,
+                "disk_bytes": self.disk_bytes,
+            },
+            "assumptions": list(self.assumptions),
+            "warnings": list(self.warnings),
+            "obstacles": list(self.obstacles),
+            "fits": not self.obstacles,
+        }
+
+
+def estimate_run(folders: DatasetFolders, options: RunOptions, *, again: bool = False) -> RunEstimate:
+    """Estimate a run without beginning it: nothing is written but the measurements in the user's cache.
+
+    Raises InputError where the cohort or the options cannot give a run, as `run_loop` does.
+    """
+    from nnunet_sam2.rounds.orchestrator import refuse_unusable
+
+    cohort = Cohort.load(folders.raw).as_planned()
+    refuse_unusable(folders, cohort, options)
+    validation = _validation(folders, cohort, options)
+    held_out = {case.case_id for case in validation}
+    supports = tuple(c for c in cohort.labelled if options.supports == "all" or c.case_id not in held_out)
+    if not supports:
+        raise InputError(f"{cohort.name}: the fold validates on every labelled case; use --supports all or -f all")
+    several = _several_views(options)
+    measured = measure(
+        folders,
+        cohort,
+        options,
+        support_ids=tuple(case.case_id for case in supports),
+        several_views=several,
+        again=again,
+    )
+    stages = _estimator(folders, cohort, options, validation, supports, measured, several).stages()
+    obstacles, warnings = _fit(folders, stages, measured, read_memory())
+    return RunEstimate(
+        folder=run_folder(folders, options.run_name),
+        stages=stages,
+        assumptions=_assumptions(options, measured),
+        obstacles=obstacles,
+        warnings=warnings,
+    )
+
+
+def _estimator(
+    folders: DatasetFolders,
+    cohort: Cohort,
+    options: RunOptions,
+    validation: tuple[Case, ...],
+    supports: tuple[Case, ...],
+    measured: Measured,
+    several: bool,
+) -> RunEstimator:
+    from nnunet_sam2.support.library import cohort_slice_axis
+
+    plans = _plans(folders)
+    light = options.profile == "cpu"
+    overrides = light_configuration(plans, options.configuration) if light and plans is not None else None
+    return RunEstimator(
+        cohort=cohort,
+        options=options,
+        validation=validation,
+        supports=supports,
+        labelling=LabellingCosts(
+            answer=measured.labelling,
+            slice_axis=cohort_slice_axis(cohort),
+            several_views=several,
+            supports=supports,
+            classes=len(cohort.class_values),
+            bounded=options.strategy in ("auto", "transfer"),
+        ),
+        nnunet=NnunetCosts(answer=measured.nnunet, heads=len(cohort.class_values) + 1),
+        size=run_size(
+            cohort,
+            validation_ids=tuple(case.case_id for case in validation),
+            plans=plans,
+            configuration=options.configuration,
+            overrides=overrides,
+            light=light,
+        ),
+        planned=_is_planned(folders, options),
+        done=_done(folders, options),
+    )
+
+
+def _validation(folders: DatasetFolders, cohort: Cohort, options: RunOptions) -> tuple[Case, ...]:
+    if options.fold == "all":
+        return ()
+    path = folders.preprocessed / SPLITS_FILE
+    splits = read_json(path) if path.is_file() else make_splits(cohort)
+    return tuple(cohort.case(case_id) for case_id in splits[int(options.fold)]["val"])
+
+
+def _several_views(options: RunOptions) -> bool:
+    chosen = make_strategy(options.strategy, options.strategy_options).options
+    return bool(getattr(chosen, "views", "one") != "one")
+
+
+def _plans(folders: DatasetFolders) -> Mapping[str, Any] | None:
+    path = folders.preprocessed / f"{PLANS}.json"
+    plans: Mapping[str, Any] | None = read_json(path) if path.is_file() else None
+    return plans
+
+
+def _is_planned(folders: DatasetFolders, options: RunOptions) -> bool:
+    path = folders.preprocessed / MARKER_FILE
+    marker = read_json(path) if path.is_file() else {}
+    return options.configuration in marker.get(PLANS, {}).get("done", [])
+
+
+def _done(folders: DatasetFolders, options: RunOptions) -> frozenset[str]:
+    events = read_events(run_folder(folders, options.run_name) / LEDGER_FILE)
+    return frozenset(event["stage"] for event in events if event["event"] == "done")
+
+
+def _fit(
+    folders: DatasetFolders, stages: tuple[StageEstimate, ...], measured: Measured, memory: Memory
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Hold the stages against memory, accelerator and disks; return obstacles and warnings."""
+    obstacles, warnings = [], []
+    most = max(stages, key=lambda stage: stage.memory_bytes)
+    if most.memory_bytes > memory.usable:
+        where = "this machine has" if memory.limit is None else "a container or job may take here"
+        obstacles.append(
+            f"memory: {most.stage} needs about {readable(most.memory_bytes)}, more than the {readable(memory.usable)} "
+            f"that {where}; {_memory_way_out(most.stage)}"
+        )
+    elif most.memory_bytes > memory.available:
+        warnings.append(
+            f"memory: {most.stage} needs about {readable(most.memory_bytes)}, and {readable(memory.available)} are "
+            "free now; end other programs before"
+        )
+    total = int(measured.nnunet.get("gpu_total_bytes", 0))
+    on_gpu = max(stages, key=lambda stage: stage.gpu_bytes)
+    if total and on_gpu.gpu_bytes > total:
+        obstacles.append(
+            f"accelerator: {on_gpu.stage} needs about {readable(on_gpu.gpu_bytes)}, more than its {readable(total)}; "
+            "take --profile cpu (a smaller network) or -c 3d_lowres or 2d"
+        )
+    disks: dict[int, tuple[Path, int]] = {}
+    for stage in stages:
+        path = folders.preprocessed if stage.preprocessed else folders.results
+        disk = file_system(path)
+        first, needed = disks.get(disk, (path, 0))
+        disks[disk] = (first, needed + stage.disk_bytes)
+    for path, needed in disks.values():
+        free = free_bytes(path)
+        if needed and needed + RESERVE > free:
+            obstacles.append(
+                f"disk: the run writes about {readable(needed)} where {path} lies, and {readable(free)} are free; make "
+                "room, set nnUNet_results and nnUNet_preprocessed to a larger disk, or take fewer --rounds"
+            )
+    return tuple(obstacles), tuple(warnings)
+
+
+def _memory_way_out(stage: str) -> str:
+    if stage.startswith("setup/sam2") or stage.endswith(("/refine", "/quality", "/fuse", "/labels")):
+        return "take a smaller --image-size, or a machine with more memory"
+    return "take -c 3d_lowres or 2d, or --profile cpu, or a machine with more memory"
+
+
+def _assumptions(options: RunOptions, measured: Measured) -> tuple[str, ...]:
+    rounds = "1 round" if options.round_limit == 1 else f"{options.round_limit} rounds"
+    found = [f"{rounds}, the limit: fewer where the labels stop changing before"]
+    when = "measured before on this machine and kept (--again measures anew)" if measured.kept else "measured just now"
+    found.append(f"seconds from a self-benchmark of {measured.seconds:.0f} s, {when}; cases scaled by their size")
+    if measured.busy > BUSY:
+        found.append(
+            f"the machine was busy then ({measured.busy:.1f} processes a core): with the machine to itself the run is "
+            "faster, down to the processor seconds over the threads"
+        )
+    shrunk = measured.nnunet["configuration"]
+    if shrunk["patch_size"] != shrunk["probed_patch_size"]:
+        found.append("a training step was measured on a smaller patch and scaled by its voxels")
+    found.append("bytes are upper bounds; the report after each round takes some seconds more")
+    return tuple(found)
