@@ -109,7 +109,7 @@ def table(result: Mapping[str, Any]) -> str:
     memory = result["estimate"]["sum"]["memory_bytes"] / 1e9
     disk = result["estimate"]["sum"]["disk_bytes"] / 1e9
     lines = [
-        f"{made['name']} (draw of seed {made['seed']}), {made['labelled']} labelled and {made['unlabelled']} unlabelled "
+        f"{made['name']} (draw of seed {made['seed']}), {made['labelled']} labelled, {made['unlabelled']} unlabelled "
         f"cases, `auto` at {result['options']['image_size']} px, {result['options']['round_limit']} rounds, "
         f"{result['options']['num_epochs']} epochs of {result['options']['num_iterations_per_epoch']} iterations, "
         f"{result['threads']} thread; {result['machine']['processor']}, {result['usable_cores']} cores, which other "
@@ -130,7 +130,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 def _row(name: str, told: Mapping[str, float], took: Mapping[str, float]) -> str:
     ratios = [
-        f"{told[key] / took[key]:.2f}" if took[key] >= 1 or told[key] >= 1 else "-"
+        f"{told[key] / took[key]:.2f}" if took[key] and max(took[key], told[key]) >= 1 else "-"
         for key in ("seconds", "cpu_seconds")
     ]
     wall = f"{duration(told['seconds'])} | {duration(took['seconds'])} | {ratios[0]}"
@@ -192,8 +192,11 @@ def _dataset(seed: int, work: Path) -> DatasetFolders:
     if not (work / "nnUNet_raw" / f"Dataset{dataset_id:03d}_{name}").is_dir():
         train, test = cut(SMALL, seed, work / "source" / name)
         status = command(
-            ["convert", str(train), "-d", str(dataset_id), "-n", name, "--layout", "folder", "--test", str(test)]
-            + ["--labelled", str(SMALL.n_labelled), "--seed", str(seed), "--channels", "MR", "--labels", SMALL.labels]
+            [
+                *("convert", str(train), "-d", str(dataset_id), "-n", name, "--layout", "folder", "--test", str(test)),
+                *("--labelled", str(SMALL.n_labelled), "--seed", str(seed), "--channels", "MR"),
+                *("--labels", SMALL.labels),
+            ]
         )
         if status:
             raise SystemExit(status)
