@@ -10,7 +10,7 @@ import pytest
 
 from nnunet_sam2.cohort.cohort import ADDED_LABELS, Addition, Cohort, Role
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.rounds.decided_labels import freeze_classes, without_rejected
+from nnunet_sam2.rounds.decided_labels import ALL_REJECTED, TAKEN_OUT, Decided, decide, freeze_classes, without_rejected
 from nnunet_sam2.rounds.decisions import (
     CaseDecisions,
     Decision,
@@ -20,7 +20,7 @@ from nnunet_sam2.rounds.decisions import (
     read_decisions,
     standing,
 )
-from nnunet_sam2.rounds.holds import ALL_REJECTED, TAKEN_OUT, CaseHold, Decided, decide, holds_of
+from nnunet_sam2.rounds.holds import CaseHold, holds_of
 from nnunet_sam2.storage import file_hash
 from nnunet_sam2.volumes import write_label
 

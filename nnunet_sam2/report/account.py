@@ -53,6 +53,8 @@ class CaseAccount:
     """Mean confidence of the voxels that are labelled or in doubt."""
     confident: float | None = None
     """Share of these voxels that count at least half as much as a human label's."""
+    word: str = ""
+    """What people said of it, as far as the newest labels know."""
 
     @property
     def worst(self) -> ClassQuality | None:

@@ -32,7 +32,7 @@ _KINDS = {
 }
 """Last part of a stage's name to what the report calls it."""
 
-_KNOWN_EVENTS = ("run", "started", "done", "stopped", "machine")
+_KNOWN_EVENTS = ("run", "started", "done", "stopped", "machine", "review")
 
 _MOST_HUMAN_LABELS = 24
 """Human label files that are read for the mean volumes of classes."""
@@ -115,7 +115,7 @@ def _by_name(state: RoundState, cohort: Cohort) -> dict[str, float]:
 def _mean_volumes(voxels: Mapping[str, Mapping[str, int]], cohort: Cohort) -> dict[int, float]:
     found: dict[int, list[float]] = {}
     for case_id, row in voxels.items():
-        size = _voxel_size(cohort, cohort.case(case_id))
+        size = voxel_size(cohort, cohort.case(case_id))
         for value, count in row.items():
             found.setdefault(int(value), []).append(count * size)
     return {value: sum(sizes) / len(sizes) for value, sizes in sorted(found.items())}
@@ -131,7 +131,8 @@ def _human_volumes(cohort: Cohort) -> dict[int, float]:
     return _mean_volumes(found, cohort)
 
 
-def _voxel_size(cohort: Cohort, case: Case) -> float:
+def voxel_size(cohort: Cohort, case: Case) -> float:
+    """Return the volume of a voxel in mL; 1 for a pixel of a picture."""
     if cohort.file_ending in PICTURE_ENDINGS:
         return 1.0
     x, y, z = case.geometry.spacing_xyz_mm
@@ -178,6 +179,7 @@ def _cases(files: RunFiles, records: Mapping[str, Json]) -> Iterator[CaseAccount
             left_out=newest.get("left_out", {}).get(name),
             confidence=newest.get("confidence", {}).get(name),
             confident=newest.get("confident", {}).get(name),
+            word=_word(files, name),
         )
 
 
@@ -224,8 +226,43 @@ def _provenance(files: RunFiles, records: Mapping[str, Json]) -> Provenance:
             for name, (role, patient, voxels) in inputs.get("cases", {}).items()
         ),
         source=files.cohort.provenance,
-        notes=tuple(_note(event) for event in files.events if event["event"] not in _KNOWN_EVENTS),
+        notes=(
+            *_reviews(files),
+            *(_note(event) for event in files.events if event["event"] not in _KNOWN_EVENTS),
+        ),
     )
+
+
+def _word(files: RunFiles, case_id: str) -> str:
+    """Say what people said of a case: ``accepted: liver; rejected: spleen``."""
+    hold = files.holds.get(case_id)
+    if hold is None or hold.taken_out:
+        return ""  # why a case is left out stands with it
+    names = {int(value): name for value, name in class_names(files.cohort).items()}
+    drawn = () if hold.human is None else (hold.human.classes or ("every class",))
+    parts = {"drawn by hand": drawn, "accepted": hold.accepted, "rejected": hold.rejected}
+    return "; ".join(
+        f"{what}: {', '.join(names.get(v, str(v)) if isinstance(v, int) else v for v in values)}"
+        for what, values in parts.items()
+        if values
+    )
+
+
+def _reviews(files: RunFiles) -> Iterator[str]:
+    names = {int(value): name for value, name in class_names(files.cohort).items()}
+    for event in files.events:
+        if event["event"] != "review":
+            continue
+        told = [
+            f"{d['decision']} {d['case']} {', '.join(names.get(v, str(v)) for v in d['classes'])}".strip()
+            for d in event["decisions"]
+        ]
+        cases = len(event["holds"])
+        shown = "; ".join(told[:20]) + (f" and {len(told) - 20} more" if len(told) > 20 else "")
+        yield (
+            f"{_time(event):%Y-%m-%d %H:%M} from round {event['round']} on people's word on {cases} cases holds"
+            + (f": {shown}" if shown else "")
+        )
 
 
 def _note(event: Json) -> str:

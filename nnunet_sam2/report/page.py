@@ -23,6 +23,9 @@ from nnunet_sam2.report.verdict import judge_run
 _SCRIPTS = ("payload.js", "drawing.js", "surface.js", "table.js", "viewer.js", "main.js")
 """In this order: later ones use earlier ones."""
 
+_REVIEW = "review.js"
+"""Before the last script, where a person may decide."""
+
 _THREE = "three.min.js"
 _LOOK_FIRST = 5
 
@@ -38,23 +41,36 @@ class Pictures:
     note: str = ""
 
 
-def render(account: RunAccount, pictures: Pictures) -> str:
+@dataclass(frozen=True, kw_only=True)
+class ReviewPage:
+    """Hold what the page needs where a person may decide on it: ``nnunet_sam2 review`` serves it then."""
+
+    data: Mapping[str, Any]
+    """JSON value for the scripts."""
+    first: Sequence[tuple[str, str]] = ()
+    """Cases to look at first, with the reason."""
+    notice: str = ""
+    """What becomes of the decisions."""
+
+
+def render(account: RunAccount, pictures: Pictures, review: ReviewPage | None = None) -> str:
     """Render the page; whatever comes from files is escaped, and scripts and styles are allowed by their hash alone."""
-    style, script, three = _asset("page.css"), _script(), _asset(_THREE)
+    style, script, three = _asset("page.css"), _script(reviewed=review is not None), _asset(_THREE)
     template = _environment().get_template("page.html.j2")
     order = {case.case_id: index for index, case in enumerate(account.cases)}
     return template.render(
         account=account,
         verdict=judge_run(account),
-        policy=_policy(style=style, scripts=(script, three)),
+        policy=_policy(style=style, scripts=(script, three), connects=review is not None),
+        review=review,
         tiles=_tiles(account),
         charts=curves(account),
         costs=_costs(account),
         cost_bar=_cost_bar(account),
-        look_first=account.look_first(_LOOK_FIRST),
+        look_first=_look_first(account, review),
         order=order,
         pictures=pictures,
-        data=_data(account, pictures),
+        data=_data(account, pictures) | ({"review": review.data} if review else {}),
         style=Markup(style),
         script=Markup(script),
         three=Markup(three),
@@ -97,15 +113,24 @@ def _asset(name: str) -> str:
 
 
 @cache
-def _script() -> str:
-    return '"use strict";\n(() => {\n' + "\n".join(_asset(name) for name in _SCRIPTS) + "\n})();\n"
+def _script(*, reviewed: bool) -> str:
+    names = [*_SCRIPTS[:-1], _REVIEW, _SCRIPTS[-1]] if reviewed else _SCRIPTS
+    return '"use strict";\n(() => {\n' + "\n".join(_asset(name) for name in names) + "\n})();\n"
 
 
-def _policy(*, style: str, scripts: Sequence[str]) -> str:
+def _look_first(account: RunAccount, review: ReviewPage | None) -> list[tuple[CaseAccount, str]]:
+    """Return the cases to look at first, with the reason where a review gives one."""
+    if review is None:
+        return [(case, "") for case in account.look_first(_LOOK_FIRST)]
+    cases = {case.case_id: case for case in account.cases}
+    return [(cases[case_id], why) for case_id, why in review.first[:_LOOK_FIRST]]
+
+
+def _policy(*, style: str, scripts: Sequence[str], connects: bool = False) -> str:
     allowed = " ".join(f"'{_hash(script)}'" for script in scripts)
     return (
         f"default-src 'none'; script-src {allowed}; style-src '{_hash(style)}'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
+        "base-uri 'none'; form-action 'none'" + ("; connect-src 'self'" if connects else "")
     )
 
 
@@ -134,6 +159,7 @@ def _case(case: CaseAccount, pictures: Pictures) -> dict[str, Any]:
         "conf": case.confidence,
         "px": case.case_id in pictures.blocks,
         "why": pictures.problems.get(case.case_id),
+        "word": case.word,
         "q": [
             {
                 "v": q.value,

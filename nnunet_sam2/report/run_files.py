@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ from nnunet_sam2.cohort.cohort import Case, Cohort, Role
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.records import record_path
+from nnunet_sam2.rounds.holds import CaseHold, holds_from_json
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import RunState, state_of_events
@@ -35,7 +37,7 @@ class RunFiles:
         events = read_events(folder / LEDGER_FILE)
         if not events:
             raise InputError(f"{folder} holds no run; start one with: nnunet_sam2 run -d {folders.dataset_id}")
-        return cls(cohort=Cohort.load(folders.raw), folders=folders, folder=folder, events=events)
+        return cls(cohort=Cohort.load(folders.raw).as_planned(), folders=folders, folder=folder, events=events)
 
     @cached_property
     def state(self) -> RunState:
@@ -87,6 +89,8 @@ class RunFiles:
     def label_files(self, case: Case) -> dict[str, Path]:
         """Return the label files of a case that are there: ``first``, ``last``, ``human`` and ``confidence``.
 
+        A human label that came after the dataset was made is a ``human`` one as well.
+
         Test labels and hidden ones of a benchmark are not among them: nothing but evaluation reads these.
         """
         name = f"{case.case_id}{self.cohort.file_ending}"
@@ -102,4 +106,21 @@ class RunFiles:
             files["confidence"] = self.newest[0] / "confidence" / name
         else:
             files["confidence"] = first / "confidence" / name
+        if case.added is not None and case.role is not Role.LABELLED:
+            files["human"] = self.cohort.root / case.added.label
         return {kind: path for kind, path in files.items() if path.is_file()}
+
+    @cached_property
+    def hashes(self) -> dict[Path, str]:
+        """Return the hash that the ledger has of each file that a stage wrote last."""
+        return {
+            Path(os.path.normpath(self.folder / name)): sha256
+            for event in self.done.values()
+            for name, sha256 in event["files"].items()
+        }
+
+    @cached_property
+    def holds(self) -> dict[str, CaseHold]:
+        """Return what people's word held in the newest labels."""
+        events = [event for event in self.events if event["event"] == "review"]
+        return holds_from_json(events[-1]["holds"]) if events else {}

@@ -48,7 +48,7 @@ def write_report(
     files = RunFiles.open(folders, run)
     account = gather(files)
     path = output or run / REPORT_FILE
-    write_text(path, render(account, _pictures(files, account, most_pictures)))
+    write_text(path, render(account, pictures_of(files, account, most_pictures)))
     return path
 
 
@@ -70,7 +70,8 @@ def block_budget(cases: int, shown: int) -> int:
     return min(_MOST_BLOCK, each)
 
 
-def _pictures(files: RunFiles, account: RunAccount, most: int | None) -> Pictures:
+def pictures_of(files: RunFiles, account: RunAccount, most: int | None = None) -> Pictures:
+    """Read and encode the pictures of a run's cases; those that cannot be read are named with the reason."""
     wanted = _wanted(account, most)
     budget = block_budget(len(account.cases), len(wanted))
     stories = Stories(files)

@@ -35,6 +35,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "done": {"stage": str, "key": str, "digest": str, "files": dict, "info": dict, "seconds": (int, float)},
     "stopped": {"reason": str, "best_round": int},
     "machine": {"machine": dict},
+    "review": {"round": int, "holds": dict, "decisions": list},
     RETRIED: {"stage": str, "cause": str, "remedy": str},
 }
 """What an event of each kind must hold; other kinds are notes and may hold anything."""

@@ -4,7 +4,11 @@ const wide = matchMedia("(min-width: 980px)");
 const fill = (select, options) => select.replaceChildren(...options.map(([value, text]) => make("option", { value, textContent: text })));
 
 fill(byId("filter-class"), [["", CLASSES.length > 1 ? "worst class" : "class"], ...CLASSES.map((one) => [one.value, one.name])]);
-fill(byId("filter-state"), STATES.map(([name, text, fits]) => [name, `${text} (${DATA.cases.filter(fits).length})`]));
+function fillStates() {
+  fill(byId("filter-state"), STATES.map(([name, text, fits]) => [name, `${text} (${DATA.cases.filter(fits).length})`]));
+  byId("filter-state").value = choice.state;
+}
+fillStates();
 byId("filter-class").addEventListener("change", (event) => choose({ value: event.target.value === "" ? null : Number(event.target.value) }));
 byId("filter-state").addEventListener("change", (event) => choose({ state: event.target.value }));
 byId("filter-text").addEventListener("input", (event) => choose({ text: event.target.value }));
@@ -19,7 +23,7 @@ document.querySelector("#table thead").addEventListener("click", (event) => {
   const head = event.target.closest("th[data-sort]");
   if (!head) return;
   const sort = head.dataset.sort;
-  choose(sort === choice.sort ? { down: !choice.down } : { sort, down: sort === "change" });
+  choose(sort === choice.sort ? { down: !choice.down } : { sort, down: sort === "change" || sort === "worth" });
 });
 
 document.querySelector("#table tbody").addEventListener("click", (event) => {
@@ -65,11 +69,12 @@ byId("slice").addEventListener("wheel", (event) => {
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea")) return;
   const anywhere = { j: () => stepSlice(1), k: () => stepSlice(-1), n: () => stepCase(1), p: () => stepCase(-1), Escape: closeCase, 3: () => chooseMode("surface"), 2: () => chooseMode("slices") };
+  Object.assign(anywhere, moreKeys);
   for (const [name, key] of TOGGLES) anywhere[key] = () => viewer.pictures && toggle(name);
   // Arrows belong to the page, but in the viewer.
   const inside = { ArrowUp: () => stepSlice(-1), ArrowDown: () => stepSlice(1), ArrowLeft: () => stepCase(-1), ArrowRight: () => stepCase(1), Home: () => stepSlice(-1e6), End: () => stepSlice(1e6) };
   const action = anywhere[event.key] || (event.target.closest("#viewer") && inside[event.key]);
-  if (!action || (viewer.index === null && event.key !== "n")) return;
+  if (!action || (viewer.index === null && !["n", "u"].includes(event.key))) return;
   event.preventDefault();
   action();
 });

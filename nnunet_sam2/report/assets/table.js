@@ -10,6 +10,9 @@ const make = (tag, properties = {}, ...children) => {
   return element;
 };
 const figure = (value, digits = 2) => (value === null || value === undefined ? "–" : value.toFixed(digits));
+/** What a person may say and has said, where the page is served for a review; null elsewhere. */
+const REVIEW = DATA.review ?? null;
+const wordOf = (c) => (REVIEW && REVIEW.cases[c.id]) || null;
 const known = (quality) => (quality.m === null ? quality.e : quality.m);
 
 const STATES = [
@@ -20,13 +23,15 @@ const STATES = [
   ["distrusted", "a class distrusted", (c) => c.q.some((q) => q.x)],
   ["human", "with human labels", (c) => c.human],
 ];
+if (REVIEW) STATES.push(["open", "still to decide", (c) => wordOf(c) && Object.keys(wordOf(c).open).length], ["decided", "decided", (c) => wordOf(c) && !Object.keys(wordOf(c).open).length]);
 
-const choice = { text: "", value: null, state: "unlabelled", each: false, sort: "dice", down: false };
+const choice = { text: "", value: null, state: "unlabelled", each: false, sort: REVIEW ? "worth" : "dice", down: Boolean(REVIEW) };
 
 const SORTS = {
   id: (row) => row.c.id,
   class: (row) => (row.q ? CLASS_OF.get(row.q.v).index : 0),
   dice: (row) => (row.q && known(row.q) !== null ? known(row.q) : null),
+  worth: (row) => worthOf(row.c, row.q),
   bound: (row) => (row.q ? row.q.l : null),
   change: (row) => (row.q ? row.q.d : null),
   conf: (row) => row.c.conf,
@@ -42,7 +47,7 @@ function rowsShown() {
     if (text && !`${c.id}\n${c.out || ""}`.toLowerCase().includes(text)) return;
     const found = choice.value === null ? c.q : c.q.filter((q) => q.v === choice.value);
     if (choice.each) found.forEach((q) => rows.push({ c, index, q }));
-    else rows.push({ c, index, q: worstOf(found) });
+    else rows.push({ c, index, q: worstOf(c, found) });
   });
   const key = SORTS[choice.sort];
   const sign = choice.down ? -1 : 1;
@@ -56,7 +61,8 @@ function rowsShown() {
   });
 }
 
-function worstOf(qualities) {
+function worstOf(c, qualities) {
+  if (choice.sort === "worth") return qualities.reduce((best, q) => (best === null || (worthOf(c, q) ?? -1) > (worthOf(c, best) ?? -1) ? q : best), null);
   const by = choice.sort === "change" ? (q) => (q.d === null ? null : -q.d) : choice.sort === "bound" ? (q) => q.l : known;
   let worst = null;
   for (const q of qualities) {
@@ -65,11 +71,18 @@ function worstOf(qualities) {
   return worst;
 }
 
+/** Return what looking at a class is worth, of a case where none is chosen; null where nothing is open. */
+function worthOf(c, q) {
+  const w = wordOf(c);
+  return w && q && q.v in w.open ? w.open[q.v] : null;
+}
+
 const levelOf = (dice) => (dice === null ? "note" : dice < DATA.least ? "bad" : dice < 0.7 ? "look" : "good");
 
 function makeRow({ c, index, q }) {
   const row = make("tr");
   row.dataset.case = index;
+  row.dataset.value = q ? q.v : "";
   const thumb = make("canvas", { className: "thumb", width: THUMB, height: THUMB });
   thumb.dataset.thumb = index;
   thumb.setAttribute("aria-hidden", "true");
@@ -77,8 +90,9 @@ function makeRow({ c, index, q }) {
   const dice = q ? known(q) : null;
   row.append(
     make("td", { className: "c-thumb" }, thumb),
-    make("td", { className: "c-case" }, name, make("span", { className: "in-case", textContent: q ? CLASS_OF.get(q.v).name : "" }), chipOf(c, q), c.out ? make("span", { className: "why", textContent: c.out, title: c.out }) : null),
+    make("td", { className: "c-case" }, name, make("span", { className: "in-case", textContent: q ? CLASS_OF.get(q.v).name : "" }), chipOf(c, q), c.out ? make("span", { className: "why", textContent: c.out, title: c.out }) : null, c.word && !REVIEW ? make("span", { className: "why", textContent: c.word }) : null),
     make("td", { className: "c-class", textContent: q ? CLASS_OF.get(q.v).name : "–" }),
+    REVIEW ? make("td", { className: "c-worth", textContent: wordOf(c) ? figure(worthOf(c, q)) : "" }) : "",
     make("td", { className: "c-dice" }, qualityBar(dice, q)),
     make("td", { className: "c-bound", textContent: q && q.l !== null ? figure(q.l) : "" }),
     make("td", { className: "c-change", textContent: q ? figure(q.d, 3) : "–" }),
@@ -90,6 +104,13 @@ function makeRow({ c, index, q }) {
 
 function chipOf(c, q) {
   const say = (level, text) => make("span", { className: `chip ${level}`, textContent: text });
+  const w = wordOf(c);
+  if (w && w.taken_out) return say("bad", "taken out");
+  if (w && w.drawn.length) return say("good", "drawn by hand");
+  if (w && w.accepted.length + w.rejected.length) {
+    const parts = [["accepted", w.accepted.length], ["rejected", w.rejected.length]].filter(([, count]) => count);
+    return say(w.rejected.length ? "look" : "good", CLASSES.length === 1 ? parts[0][0] : parts.map(([what, count]) => `${count} ${what}`).join(", "));
+  }
   if (c.out) return say("bad", "left out");
   if (q && q.x) return say("look", "class distrusted");
   if (q && q.g) return say("look", "class missing");

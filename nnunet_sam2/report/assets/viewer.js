@@ -14,6 +14,9 @@ const TOGGLES = [
   ["confidence", "c", () => "low confidence", "", "", ""],
 ];
 
+/** What else happens when a case is opened, and what other keys do. */
+const onOpen = [], moreKeys = {};
+
 const byId = (id) => document.getElementById(id);
 
 async function openCase(index, { focus = true } = {}) {
@@ -27,6 +30,7 @@ async function openCase(index, { focus = true } = {}) {
   byId("case-note").textContent = "";
   byId("story").hidden = true;
   drawCaseTable(c);
+  for (const opened of onOpen) opened(c);
   const hash = `#case=${encodeURIComponent(c.id)}`;
   if (location.hash !== hash) history.replaceState(null, "", hash);
   if (focus) byId("slice").focus({ preventScroll: true });
@@ -66,6 +70,7 @@ function stateOf(c) {
   const distrusted = c.q.filter((q) => q.x), missing = c.q.filter((q) => q.g);
   let text = c.human ? "Measured: Dice of labels that this human label had no part in." : c.out ? `Not trained on: ${c.out}.` : "Trained on.";
   if (distrusted.length && !c.out) text += ` Not learnt from: ${names(distrusted)}, because the estimated Dice is below ${DATA.least}.`;
+  if (c.word && !REVIEW) text += ` People’s word: ${c.word}.`;
   if (missing.length) text += ` ${names(missing)}: every labelled case shows it, this label does not.`;
   return chip ? [chip, text] : [text];
 }
@@ -194,8 +199,13 @@ function stepCase(by) {
   if (!order.length) return;
   const at = order.indexOf(viewer.index);
   const next = at < 0 ? 0 : Math.max(0, Math.min(order.length - 1, at + by));
-  if (order[next] === viewer.index) return;
-  openCase(order[next]);
-  while (table.drawn < table.rows.length && !document.querySelector(`#table tr[data-case="${order[next]}"]`)) drawRows(MORE_ROWS);
-  document.querySelector(`#table tr[data-case="${order[next]}"]`).scrollIntoView({ block: "nearest" });
+  if (order[next] !== viewer.index) showCase(order[next]);
+}
+
+/** Open a case and bring its row into sight. */
+function showCase(index) {
+  openCase(index);
+  const row = () => document.querySelector(`#table tr[data-case="${index}"]`);
+  while (table.drawn < table.rows.length && !row()) drawRows(MORE_ROWS);
+  if (row()) row().scrollIntoView({ block: "nearest" });
 }

@@ -1,0 +1,109 @@
+"""``nnunet_sam2 review``: look through a run's labels, decide about them, correct them by hand."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nnunet_sam2.folders import DatasetFolders
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("-d", dest="dataset", required=True, help="dataset id or DatasetXXX_Name")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--run", dest="run_name", help="name of the run (default: the last one with a finished round)")
+    chosen.add_argument("--branch", help="branch of the run")
+    parser.add_argument("--no-browser", action="store_true", help="print the page's address and do not open it")
+    parser.add_argument("--port", type=_port, default=0, help="port of the page (default: any free one)")
+    parser.add_argument("--pictures", type=_count, metavar="N", help="read the images of N cases (default: of all)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--export", metavar="CASE", help="write a folder for your editor (ITK-SNAP, 3D Slicer, napari) and end"
+    )
+    what.add_argument(
+        "--import", dest="files", nargs="+", type=Path, metavar="FILE", help="take in corrected labels and end"
+    )
+    parser.add_argument(
+        "--output", "-o", type=Path, metavar="FOLDER", help="folder to export to (default: in the run's review folder)"
+    )
+    parser.add_argument("--case", help="case of the one file to import (default: from the file's name)")
+    parser.add_argument(
+        "--classes", metavar="A,B", help="classes that the imported file answers for (default: all, every voxel)"
+    )
+    parser.add_argument("--replace", action="store_true", help="import in the place of a label imported before")
+    parser.add_argument("--allow-empty", action="store_true", help="import a label that shows no class at all")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve the page, or export, or import."""
+    from nnunet_sam2.errors import InputError
+    from nnunet_sam2.folders import find_dataset
+
+    folders = find_dataset(args.dataset)
+    if not args.files and (args.case or args.classes or args.replace or args.allow_empty):
+        raise InputError("--case, --classes, --replace and --allow-empty go with --import FILE")
+    if args.output and not args.export:
+        raise InputError("--output goes with --export CASE")
+    if args.files:
+        _take_in(args, folders)
+    elif args.export:
+        _hand_over(args, folders)
+    else:
+        from nnunet_sam2.review.serve import serve_review
+
+        serve_review(
+            folders, _run(args, folders), port=args.port, browser=not args.no_browser, most_pictures=args.pictures
+        )
+    return 0
+
+
+def _run(args: argparse.Namespace, folders: DatasetFolders) -> Path:
+    from nnunet_sam2.errors import InputError
+    from nnunet_sam2.rounds.state import find_runs, read_state
+
+    name = args.run_name
+    if args.branch:
+        found = [path.name for path in find_runs(folders) if path.name.endswith(f"_{args.branch}")]
+        if len(found) != 1:
+            known = ", ".join(path.name for path in find_runs(folders)) or "none"
+            raise InputError(f"--branch {args.branch} is not the name of one run; there are: {known}; give --run NAME")
+        name = found[0]
+    return read_state(folders, name).folder
+
+
+def _hand_over(args: argparse.Namespace, folders: DatasetFolders) -> None:
+    from nnunet_sam2.progress import say
+    from nnunet_sam2.review.hand_over import hand_over
+
+    out = hand_over(folders, _run(args, folders), args.export, out=args.output)
+    say(f"{args.export} for your editor, how to go on is in README.txt: {out}")
+
+
+def _take_in(args: argparse.Namespace, folders: DatasetFolders) -> None:
+    from nnunet_sam2.progress import say
+    from nnunet_sam2.review.take_in import take_in
+
+    classes = None if args.classes is None else [part.strip() for part in args.classes.split(",") if part.strip()]
+    taken = take_in(
+        folders.raw, args.files, case_id=args.case, classes=classes, replace=args.replace, allow_empty=args.allow_empty
+    )
+    for case_id, label in taken:
+        say(f"{case_id}: human label {label}")
+    say(f"it is learnt from the next round on: the same nnunet_sam2 run -d {folders.dataset_id} command goes on")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("give 0 or more")
+    return number
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise argparse.ArgumentTypeError("give 0 (any free one) to 65535")
+    return number

@@ -1,0 +1,193 @@
+"""A review as it goes on: the page of the newest labels, and each decision entered the moment it is made."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_sam2.cohort.cohort import Cohort, Role
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.labelling.explain.cases import class_names
+from nnunet_sam2.report.account import RunAccount
+from nnunet_sam2.report.gather import gather
+from nnunet_sam2.report.page import Pictures, ReviewPage, render
+from nnunet_sam2.report.run_files import RunFiles
+from nnunet_sam2.report.write import pictures_of
+from nnunet_sam2.review.order import Rank, Signs, in_order, rank_case
+from nnunet_sam2.review.signs import signs_of_run
+from nnunet_sam2.rounds.decisions import CaseDecisions, Decision, DecisionFile, accepted_path, standing
+from nnunet_sam2.rounds.ledger import LEDGER_FILE
+from nnunet_sam2.storage import atomic_path, file_hash
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """Hold what was read of the run for one state of its ledger."""
+
+    mark: tuple[int, int]
+    files: RunFiles
+    account: RunAccount
+    pictures: Pictures
+    signs: Mapping[str, Mapping[int, Signs]]
+    labels: Mapping[str, tuple[Path, str]]
+    """The label file that is shown of each case, and its hash."""
+
+
+class ReviewSession:
+    """Show a run's labels and take decisions about them; safe to call from several threads."""
+
+    def __init__(
+        self, folders: DatasetFolders, run: Path, decisions: DecisionFile, *, most_pictures: int | None = None
+    ) -> None:
+        self.folders = folders
+        self.run = run
+        self._decisions = decisions
+        self._most_pictures = most_pictures
+        self._lock = threading.RLock()
+        self._seen = self._read()
+
+    def page(self) -> str:
+        """Render the page, of newer labels where the run has gone on."""
+        with self._lock:
+            if self._seen.mark != self._mark():
+                self._seen = self._read()
+            seen, cases = self._seen, self._cases()
+            first = [(name, "; ".join(case["why"])) for name, case in cases.items() if case["open"]]
+            data = {"cases": cases, "undo": self._undo_text(), "dataset": self.folders.dataset_id}
+            return render(seen.account, seen.pictures, ReviewPage(data=data, first=first, notice=_notice(seen.account)))
+
+    def state(self) -> dict[str, Any]:
+        """Return what stands for every case, as a JSON value."""
+        with self._lock:
+            return {
+                "cases": self._cases(),
+                "undo": self._undo_text(),
+                "newer": self._seen.mark != self._mark(),
+            }
+
+    def decide(self, *, case_id: str, decision: str, classes: Sequence[int], label: str) -> dict[str, Any]:
+        """Enter a decision about the label with the hash ``label`` and return the new state.
+
+        Raises `InputError` for a case, class or decision that there is not, and where the label is no longer the one
+        that was shown.
+        """
+        with self._lock:
+            try:
+                kind = Decision(decision)
+            except ValueError:
+                kind = Decision.UNDO
+            if kind is Decision.UNDO:
+                raise InputError(f"there is no decision {decision!r}")
+            if case_id not in self._seen.labels:
+                raise InputError(f"case {case_id!r} has no label to decide about")
+            strangers = sorted(set(classes) - set(self._seen.files.cohort.class_values))
+            if strangers:
+                raise InputError(f"there is no class {strangers[0]}")
+            if (kind in (Decision.ACCEPT, Decision.REJECT)) is not bool(classes) and kind is not Decision.CLEAR:
+                raise InputError(f"{kind.value} {'needs a class' if not classes else 'is for a whole case'}")
+            path, known = self._seen.labels[case_id]
+            if label != known:
+                raise InputError(f"case {case_id} has another label than the one that you saw; load the page again")
+            if kind is Decision.ACCEPT:
+                self._keep(case_id, path, known)
+            self._decisions.append(kind, case_id=case_id, classes=sorted(set(classes)), label=known)
+            return self.state()
+
+    def undo(self) -> dict[str, Any]:
+        """Take the last decision back and return the new state, with the case that it was about."""
+        with self._lock:
+            last = self._decisions.last_that_counts
+            if last is None:
+                raise InputError("there is no decision to take back")
+            self._decisions.append(Decision.UNDO, undoes=last.number)
+            return {**self.state(), "case": last.case_id}
+
+    def _mark(self) -> tuple[int, int]:
+        status = (self.run / LEDGER_FILE).stat()
+        return status.st_mtime_ns, status.st_size
+
+    def _read(self) -> _Seen:
+        mark = self._mark()
+        files = RunFiles.open(self.folders, self.run)
+        account = gather(files)
+        labels = {}
+        for case in files.cohort.unlabelled:
+            shown = files.label_files(case)
+            path = shown.get("last", shown.get("first"))
+            if path is not None and path in files.hashes:
+                labels[case.case_id] = (path, files.hashes[path])
+        return _Seen(
+            mark=mark,
+            files=files,
+            account=account,
+            pictures=pictures_of(files, account, self._most_pictures),
+            signs=signs_of_run(files, account),
+            labels=labels,
+        )
+
+    def _cases(self) -> dict[str, dict[str, Any]]:
+        """Say of every case that has a label what stands, what is open, and what looking at that is worth."""
+        decided = standing(self._decisions.lines)
+        cohort = Cohort.load(self.folders.raw)
+        names = {int(value): name for value, name in class_names(cohort).items()}
+        found = {}
+        for name, (_, label) in self._seen.labels.items():
+            decisions = decided.get(name, CaseDecisions())
+            case = cohort.case(name)
+            drawn = set(case.added.classes or cohort.class_values) if case.added else set()
+            signs = {}
+            if not decisions.taken_out and case.role is Role.UNLABELLED:
+                for value, own in self._seen.signs.get(name, {}).items():
+                    rejected = decisions.rejected.get(value)
+                    if rejected not in (None, label):
+                        signs[value] = Signs(again=True)
+                    elif rejected is None and value not in decisions.accepted and value not in drawn:
+                        signs[value] = own
+            found[name] = (rank_case(signs, names), decisions, label, drawn)
+        ranks = {name: rank for name, (rank, *_) in found.items()}
+        return {name: _case(*found[name]) for name in in_order(ranks)}
+
+    def _undo_text(self) -> str:
+        last = self._decisions.last_that_counts
+        return "" if last is None else f"{last.decision.value} {last.case_id}"
+
+    def _keep(self, case_id: str, path: Path, expected: str) -> None:
+        """Keep the label file as it was accepted: later labels may take its place."""
+        kept = accepted_path(self.run, case_id, expected, self._seen.files.cohort.file_ending)
+        if kept.is_file() and file_hash(kept) == expected:
+            return
+        if not path.is_file() or file_hash(path) != expected:
+            raise InputError(f"{path} has changed since it was shown; load the page again")
+        with atomic_path(kept) as temporary:
+            shutil.copyfile(path, temporary)
+
+
+def _case(rank: Rank, decisions: CaseDecisions, label: str, drawn: set[int]) -> dict[str, Any]:
+    return {
+        "label": label,
+        "worth": round(rank.value, 4),
+        "why": list(rank.why),
+        "open": {str(value): round(worth, 4) for value, worth in rank.by_class.items()},
+        "taken_out": decisions.taken_out,
+        "accepted": list(decisions.accepted),
+        "rejected": list(decisions.rejected),
+        "again": [value for value, seen in decisions.rejected.items() if seen != label],
+        "drawn": sorted(drawn),
+    }
+
+
+def _notice(account: RunAccount) -> str:
+    when = (
+        "The run has ended: the same nnunet_sam2 run command goes on with another round, in which they hold."
+        if account.stop_reason
+        else "They hold from the next round on that the run begins."
+    )
+    return (
+        f"Every decision is saved at once. {when} Accepted classes stay as they are, with full confidence; of rejected "
+        "ones nothing is learnt; a case that is taken out is not used."
+    )

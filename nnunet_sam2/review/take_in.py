@@ -1,0 +1,194 @@
+"""Labels that a person corrected, taken in as human labels of the cohort."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import replace as with_values
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_sam2.cohort.cohort import ADDED_LABELS, Addition, Case, Cohort, Role
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.file_checks import file_ending
+from nnunet_sam2.review.hand_over import EXPORT_FILE
+from nnunet_sam2.storage import TEMPORARY_MARK, file_hash, read_json
+from nnunet_sam2.volumes import read_label, voxel_hash, write_label
+
+LOCK_FILE = ".nnunet_sam2_import.lock"
+HISTORY_KEY = "added_labels"
+"""Key in the cohort's provenance of all that was ever taken in, the replaced ones as well."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checked:
+    case: Case
+    path: Path
+    label_zyx: np.ndarray
+
+
+def take_in(
+    raw: Path,
+    files: Sequence[Path],
+    *,
+    case_id: str | None = None,
+    classes: Sequence[str] | None = None,
+    replace: bool = False,
+    allow_empty: bool = False,
+) -> list[tuple[str, Path]]:
+    """Take in label files as human labels of unlabelled cases; return each case with the file that now holds its label.
+
+    A case is found by ``case_id``, by the file's name, or by the folder it was handed over in. With ``classes`` (names
+    or values) a file answers for these alone and the case goes on being labelled; without, for every voxel, and the
+    case becomes a labelled one that is trained on and never validated on. All files are checked before one is taken.
+    Raises `InputError` for another grid, values that are not declared, a case that is none, has a human label already
+    (but with ``replace``) or is held out for tests, and for a label that is as it was handed over.
+    """
+    from filelock import FileLock
+
+    if case_id is not None and len(files) != 1:
+        raise InputError("--case names the case of one file; import the others by their names")
+    with FileLock(raw / LOCK_FILE):
+        cohort = Cohort.load(raw)
+        values = None if classes is None else class_values_of(cohort, classes)
+        checked = [_check(cohort, path, case_id, values, replaced=replace, allow_empty=allow_empty) for path in files]
+        names = [one.case.case_id for one in checked]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise InputError(f"two of the files are for case {twice}; give one a case")
+        taken = []
+        for one in checked:
+            cohort, path = _enter(cohort, one, values)
+            taken.append((one.case.case_id, path))
+        return taken
+
+
+def class_values_of(cohort: Cohort, classes: Sequence[str]) -> tuple[int, ...]:
+    """Return the label values of classes that are given by name or by value."""
+    found: set[int] = set()
+    for text in classes:
+        value = cohort.labels.get(text, int(text) if text.isdigit() else None)
+        values = set(value if isinstance(value, list) else [value]) if value is not None else set()
+        if not values or not values <= set(cohort.class_values):
+            known = ", ".join(name for name in cohort.labels if name not in ("background", "ignore"))
+            raise InputError(f"--classes: there is no class {text!r}; there are {known}")
+        found |= values
+    if not found:
+        raise InputError("--classes names no class; leave it out where the file answers for every voxel")
+    return tuple(sorted(found))
+
+
+def find_case(cohort: Cohort, path: Path) -> Case:
+    """Find the case that a label file belongs to: by its name, or by the folder that it was handed over in.
+
+    ``CASE.nii.gz`` is the case's; so is ``CASE_corrected.nii.gz``, if no other case has a longer name that fits.
+    """
+    stem = path.name.removesuffix(file_ending(path))
+    ids = {case.case_id: case for case in cohort.cases}
+    if stem in ids:
+        return ids[stem]
+    fitting = [name for name in ids if stem.startswith(name) and re.match(r"[^A-Za-z0-9]", stem[len(name) :])]
+    if fitting:
+        return ids[max(fitting, key=len)]
+    record = path.parent / EXPORT_FILE
+    if record.is_file():
+        value = read_json(record)
+        if isinstance(value, dict) and value.get("dataset") == cohort.name and value.get("case") in ids:
+            return ids[value["case"]]
+    raise InputError(f"{path}: no case of {cohort.name} begins this name; say whose label it is with --case CASE")
+
+
+def _check(
+    cohort: Cohort,
+    path: Path,
+    case_id: str | None,
+    values: tuple[int, ...] | None,
+    *,
+    replaced: bool,
+    allow_empty: bool,
+) -> _Checked:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    if path.name.lower().endswith(".seg.nrrd"):
+        raise InputError(
+            f"{path} is a segmentation of 3D Slicer, whose segments may overlap and have values of their own; export a "
+            "label map instead: Segmentations > Export to files, NIfTI, as one file"
+        )
+    case = cohort.case(case_id) if case_id is not None else find_case(cohort, path)
+    name = case.case_id
+    if case.role is Role.TEST:
+        raise InputError(f"{path}: case {name} is held out for tests; nothing may learn from its label")
+    if case.as_planned.role is Role.LABELLED:
+        raise InputError(
+            f"{path}: case {name} has had a human label from the start, and plans and folds follow it; to change it, "
+            "convert the source with the new label to another dataset id"
+        )
+    allowed = [*cohort.class_values, *([cohort.ignore_value] if cohort.ignore_value is not None else [])]
+    label_zyx, geometry = read_label(path, allowed=allowed)
+    if difference := case.geometry.mismatch(geometry):
+        raise InputError(
+            f"{path} and the image of case {name} differ in {difference}; save the label on the image's grid"
+        )
+    if case.added is not None and not replaced:
+        raise InputError(
+            f"{path}: case {name} has a human label since {case.added.time} ({case.added.source}); give --replace to "
+            "take this one instead"
+        )
+    if not np.isin(label_zyx, values or cohort.class_values).any() and not allow_empty:
+        raise InputError(f"{path} shows none of the classes; if case {name} has none of them, give --allow-empty")
+    _refuse_unchanged(path, label_zyx)
+    return _Checked(case=case, path=path, label_zyx=label_zyx)
+
+
+def _refuse_unchanged(path: Path, label_zyx: np.ndarray) -> None:
+    """Refuse the machine's own label: it would come back as a human one."""
+    record = path.parent / EXPORT_FILE
+    if record.is_file() and read_json(record).get("voxels") == voxel_hash(label_zyx):
+        raise InputError(
+            f"{path} is as it was handed over, no voxel was corrected; if it is right, accept it in the page of "
+            "nnunet_sam2 review"
+        )
+
+
+def _enter(cohort: Cohort, checked: _Checked, values: tuple[int, ...] | None) -> tuple[Cohort, Path]:
+    """Write the label under a name of its own, then the cohort that knows it: a kill between leaves a file unused."""
+    case, ending = checked.case, cohort.file_ending
+    folder = cohort.root / ADDED_LABELS
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_MARK, dir=folder) as temporary:
+        written = Path(temporary) / f"{case.case_id}{ending}"
+        write_label(written, checked.label_zyx, case.geometry)
+        sha256 = file_hash(written)
+        target = folder / f"{case.case_id}-{sha256[:16]}{ending}"
+        written.chmod(0o444)
+        os.replace(written, target)
+    added = Addition(
+        label=str(target.relative_to(cohort.root)),
+        sha256=sha256,
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        source=checked.path.name,
+        classes=values,
+    )
+    whole = values is None
+    planned = case.as_planned
+    entered = with_values(
+        planned,
+        role=Role.LABELLED if whole else Role.UNLABELLED,
+        label=added.label if whole else None,
+        added=added,
+    )
+    history = [
+        *cohort.provenance.get(HISTORY_KEY, []),
+        {"case": case.case_id, "from": planned.role.value, "to": entered.role.value, **added.to_json()},
+    ]
+    known = with_values(
+        cohort,
+        cases=tuple(entered if c.case_id == case.case_id else c for c in cohort.cases),
+        provenance={**cohort.provenance, HISTORY_KEY: history},
+    )
+    known.save()
+    return known, target
