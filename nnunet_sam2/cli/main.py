@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("export", "write a model folder that stock nnU-Net predicts with"),
     "weights": ("weights", "SAM 2 checkpoints by name: list, show, fetch, add, verify"),
     "env": ("env", "print the export lines with which stock nnU-Net finds the trainer"),
+    "doctor": ("doctor", "check machine, installation and a dataset, and say how to mend what is amiss"),
     "hook": ("hook", "install or remove the start-up hook with which stock nnU-Net finds the trainer"),
 }
 

@@ -28,6 +28,8 @@ from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.sam2.weights.cache import weights_identity
 from nnunet_sam2.storage import read_json, value_hash, write_json
 
+CACHE_VARIABLE = "NNUNET_SAM2_CACHE"
+
 FORMAT = 2
 """Raised when the probes measure something else than before."""
 
@@ -100,7 +102,7 @@ def measure(
 
 def cache_folder() -> Path:
     """Return the user's folder for measurements: ``$NNUNET_SAM2_CACHE``, else the system's for caches."""
-    own = os.environ.get("NNUNET_SAM2_CACHE", "")
+    own = os.environ.get(CACHE_VARIABLE, "")
     if own:
         return Path(own).expanduser() / "estimates"
     from platformdirs import user_cache_path
