@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nnunet_sam2.errors import StageError
 from nnunet_sam2.storage import TEMPORARY_MARK, atomic_path
 
 TENSORS = ("high_quarter", "high_eighth", "top")
@@ -164,14 +165,18 @@ def joined_halves(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _write(path: Path, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     # One entry holds everything, because safetensors does not keep several in a fixed order.
     record = {"format": _FORMAT, "key": key, "sha256": _digest(tensors)}
     with atomic_path(path) as temporary:
-        save_file(dict(tensors), temporary, metadata={"embeddings": json.dumps(record, sort_keys=True)})
+        try:
+            save_file(dict(tensors), temporary, metadata={"embeddings": json.dumps(record, sort_keys=True)})
+        except SafetensorError as error:
+            raise StageError(f"{path} could not be written ({error}); make room or name another folder") from None
         if not _is_sound(temporary, key):
-            raise OSError(f"{path}: what was written reads back differently; check the disk")
+            raise StageError(f"{path}: what was written reads back differently; check the disk")
 
 
 def _is_sound(path: Path, key: str) -> bool:

@@ -111,13 +111,17 @@ def write_safetensors(path: Path, state: Mapping[str, torch.Tensor], metadata: M
 
     Raises `StageError` where what was written reads back differently.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         # One entry holds everything, because safetensors does not keep several in a fixed order.
-        save_file(_apart(state), temporary, metadata={_METADATA: json.dumps(dict(metadata), sort_keys=True)})
+        try:
+            save_file(_apart(state), temporary, metadata={_METADATA: json.dumps(dict(metadata), sort_keys=True)})
+        except SafetensorError as error:
+            raise StageError(f"{path} could not be written ({error}); make room or name another folder") from None
         # safetensors lets the owner alone read; a folder that is shared wants what the user's umask says.
         temporary.chmod(stat.S_IMODE(mode))
         written, _ = _read_safetensors(temporary)

@@ -14,7 +14,7 @@ from nnunet_sam2.frames import Frames
 from nnunet_sam2.geometry import choose_slice_axis
 from nnunet_sam2.progress import track
 from nnunet_sam2.sam2.protocol import Sam2Backend
-from nnunet_sam2.storage import atomic_path
+from nnunet_sam2.storage import write_stream
 from nnunet_sam2.support.cases import Query, Support
 from nnunet_sam2.volumes import read_label, read_volume
 
@@ -133,5 +133,5 @@ def read_probabilities(path: Path) -> np.ndarray:
 
 def write_probabilities(path: Path, prob_czyx: np.ndarray) -> None:
     """Write probabilities as uint8 steps of 1/255, compressed, atomically; the same values give the same bytes."""
-    with atomic_path(path) as temporary:
-        np.savez_compressed(temporary, prob_czyx=np.rint(prob_czyx * 255.0).astype(np.uint8))
+    steps_czyx = np.rint(prob_czyx * 255.0).astype(np.uint8)
+    write_stream(path, lambda stream: np.savez_compressed(stream, prob_czyx=steps_czyx))

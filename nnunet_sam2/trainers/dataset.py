@@ -10,7 +10,7 @@ import blosc2
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 
-from nnunet_sam2.errors import InputError
+from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.storage import atomic_path
 
 DISTRUST_MAX = 255
@@ -106,13 +106,32 @@ def write_distrust(folder: Path, case_id: str, distrust_zyx: np.ndarray, patch_s
     """Write a distrust map (uint8, z, y, x on the preprocessed grid) in blocks that suit the patch size."""
     path = distrust_path(folder, case_id)
     distrust_czyx = np.ascontiguousarray(distrust_zyx[None], dtype=np.uint8)
-    blocks, chunks = comp_blosc2_params(distrust_czyx.shape, tuple(patch_size), bytes_per_pixel=1)
-    with atomic_path(path) as temporary:
-        blosc2.asarray(
-            distrust_czyx,
-            urlpath=str(temporary),
-            chunks=chunks,
-            blocks=blocks,
-            cparams={"codec": blosc2.Codec.LZ4HC, "clevel": 5, "nthreads": 1},
-        )
+    write_blosc(path, distrust_czyx, patch_size)
     return path
+
+
+def write_blosc(path: Path, array_czyx: np.ndarray, patch_size: Sequence[int]) -> None:
+    """Write an array as nnU-Net stores it (blosc2, chunks fitting the patch), atomically, the same bytes every time.
+
+    Raises `StageError` where it cannot be written or reads back differently.
+    """
+    blocks, chunks = comp_blosc2_params(array_czyx.shape, tuple(patch_size), array_czyx.itemsize)
+    with atomic_path(path) as temporary:
+        try:
+            blosc2.asarray(
+                array_czyx,
+                urlpath=str(temporary),
+                chunks=chunks,
+                blocks=blocks,
+                cparams={"codec": blosc2.Codec.LZ4HC, "clevel": 5, "nthreads": 1},
+            )
+            back = blosc2.open(urlpath=str(temporary), mode="r", dparams={"nthreads": 1})
+            # Chunk by chunk: a large volume is not held twice.
+            whole = all(
+                back[:, z : z + chunks[1]].tobytes() == array_czyx[:, z : z + chunks[1]].tobytes()
+                for z in range(0, array_czyx.shape[1], chunks[1])
+            )
+        except RuntimeError:  # blosc2 does not say which
+            whole = False
+        if not whole:
+            raise StageError(f"{path} could not be written whole: No space left on device, or the disk is damaged")

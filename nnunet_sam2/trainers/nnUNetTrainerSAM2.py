@@ -236,8 +236,9 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Load a checkpoint to go on from, or to validate with."""
         self._is_continued = True
-        super().load_checkpoint(filename_or_checkpoint)
+        # First by our reader, which refuses what nnU-Net's would execute.
         provenance = read_checkpoint(Path(filename_or_checkpoint)).get(PROVENANCE)
+        super().load_checkpoint(filename_or_checkpoint)
         if provenance is not None:
             self._random_state = provenance["random_state"]
             self._seconds_before = provenance["seconds"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +16,19 @@ from nnunet_sam2.progress import track
 from nnunet_sam2.rounds.nnunet.base import PLANS, only_writer, read_plans, require_trainable, resolved_configuration
 from nnunet_sam2.storage import (
     atomic_folder,
-    atomic_path,
     file_hash,
     read_json,
     remove_temporary_files,
     value_hash,
     write_json,
+    write_stream,
 )
 from nnunet_sam2.trainers.discovery import require_nnunet
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-IMAGE, PROPERTIES, NONZERO, RECORD = "image.b2nd", "properties.pkl", "nonzero.npz", "record.json"
+IMAGE, PROPERTIES, NONZERO, RECORD = "image.b2nd", "properties.json", "nonzero.npz", "record.json"
 _FREE_KEYS = ("batch_size", "batch_dice", "architecture", "nnunet_sam2", "next_stage")
 """Keys of a plans configuration that preprocessing does not depend on."""
 
@@ -90,14 +89,13 @@ def preprocess_unlabelled(
 def is_preprocessed(case_folder: Path, key: str) -> bool:
     """Say whether a case's folder is whole and was made from the same image and plans."""
     record = case_folder / RECORD
-    return record.is_file() and read_json(record)["key"] == key
+    return record.is_file() and (case_folder / PROPERTIES).is_file() and read_json(record)["key"] == key
 
 
 def preprocessed_case(case_folder: Path) -> tuple[dict[str, Any], np.ndarray]:
     """Return nnU-Net's properties of a preprocessed case and its mask of nonzero voxels (z, y, x), cropped."""
-    with (case_folder / PROPERTIES).open("rb") as handle:
-        properties: dict[str, Any] = pickle.load(handle)
-    with np.load(case_folder / NONZERO) as packed:
+    properties: dict[str, Any] = read_json(case_folder / PROPERTIES)
+    with np.load(case_folder / NONZERO, allow_pickle=False) as packed:
         shape = tuple(int(n) for n in packed["shape"])
         mask = np.unpackbits(packed["bits"], count=int(np.prod(shape))).reshape(shape).astype(bool)
     return properties, mask
@@ -149,18 +147,9 @@ def preprocess_map(map_zyx: np.ndarray, properties: dict[str, Any], loaded: Prep
 
 def save_array(path: Path, array_czyx: np.ndarray, patch_size: Sequence[int]) -> None:
     """Write an array as nnU-Net stores it (blosc2, chunks fitting the patch), atomically, the same bytes every time."""
-    import blosc2
-    from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
+    from nnunet_sam2.trainers.dataset import write_blosc
 
-    blocks, chunks = comp_blosc2_params(array_czyx.shape, tuple(patch_size), array_czyx.itemsize)
-    with atomic_path(path) as temporary:
-        blosc2.asarray(
-            np.ascontiguousarray(array_czyx),
-            urlpath=str(temporary),
-            chunks=chunks,
-            blocks=blocks,
-            cparams={"codec": blosc2.Codec.LZ4HC, "clevel": 5, "nthreads": 1},
-        )
+    write_blosc(path, np.ascontiguousarray(array_czyx), patch_size)
 
 
 def _preprocess_missing(
@@ -220,9 +209,19 @@ def _preprocess_image(images: list[str], target: Path, key: str, loaded: Preproc
     nonzero = create_nonzero_mask(transposed)[bounding_box_to_slice(properties["bbox_used_for_cropping"])]
     with atomic_folder(target) as folder:
         save_array(folder / IMAGE, data.astype(np.float32, copy=False), loaded.configuration.patch_size)
-        (folder / PROPERTIES).write_bytes(pickle.dumps(properties))
-        np.savez(folder / NONZERO, bits=np.packbits(nonzero), shape=np.array(nonzero.shape))
+        write_json(folder / PROPERTIES, _plain(properties))
+        bits, lengths = np.packbits(nonzero), np.array(nonzero.shape)
+        write_stream(folder / NONZERO, lambda stream: np.savez(stream, bits=bits, shape=lengths))
         write_json(folder / RECORD, {"key": key, "image_hash": file_hash(folder / IMAGE)})
+
+
+def _plain(value: Any) -> Any:
+    """Return nnU-Net's properties as a JSON value: a pickle could do more than hold them."""
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
 def _image_key(case: Case, loaded: Preprocessing) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.rounds.nnunet.base import PLANS, TRAINER, Fold, final_checkpoint, model_folder, resolved_configuration
-from nnunet_sam2.storage import atomic_folder, read_json, write_json
+from nnunet_sam2.storage import atomic_folder, read_json, write_json, write_text
 from nnunet_sam2.trainers.settings import SETTINGS_KEY
 
 STOCK_TRAINER = "nnUNetTrainer"
@@ -33,7 +33,7 @@ def export_model(
     one configuration, under the name of the one it came from (``3d_fullres`` for ``3d_fullres_r02``). The optimiser's
     state is left out. Raises `InputError` where ``out`` is a folder that no export wrote.
     """
-    import torch
+    from nnunet_sam2.trainers.checkpoints import read_checkpoint, write_checkpoint
 
     if not folds:
         raise InputError("export needs at least one fold")
@@ -45,16 +45,13 @@ def export_model(
     dataset = read_json(model / "dataset.json")
     with atomic_folder(out) as folder:
         for fold, path in zip(folds, checkpoints, strict=True):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-            target = folder / f"fold_{fold}" / "checkpoint_final.pth"
-            target.parent.mkdir()
-            with target.open("wb") as handle:  # given a handle, torch does not put the file's name into the archive
-                torch.save(stock_checkpoint(checkpoint, stock_plans, name, dataset), handle)
-        (folder / "plans.json").write_text(json.dumps(stock_plans, indent=4), encoding="utf-8")
-        (folder / "dataset.json").write_text(json.dumps(dataset, indent=4), encoding="utf-8")
+            stock = stock_checkpoint(read_checkpoint(path), stock_plans, name, dataset)
+            write_checkpoint(stock, folder / f"fold_{fold}" / "checkpoint_final.pth")
+        write_text(folder / "plans.json", json.dumps(stock_plans, indent=4))
+        write_text(folder / "dataset.json", json.dumps(dataset, indent=4))
         fingerprint = model / "dataset_fingerprint.json"
         if fingerprint.is_file():
-            (folder / "dataset_fingerprint.json").write_bytes(fingerprint.read_bytes())
+            write_text(folder / "dataset_fingerprint.json", fingerprint.read_text(encoding="utf-8"))
         write_json(
             folder / MARKER,
             {"dataset": folders.name, "configuration": configuration, "folds": [str(f) for f in folds], "as": name},

@@ -79,6 +79,8 @@ def _predictor(request: dict[str, Any]) -> Any:
     import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+    from nnunet_sam2.trainers.checkpoints import read_checkpoint
+
     predictor = nnUNetPredictor(
         tile_step_size=0.5,
         use_gaussian=True,
@@ -87,6 +89,9 @@ def _predictor(request: dict[str, Any]) -> Any:
         device=torch.device(request["device"]),
         allow_tqdm=False,
     )
+    for fold in request["folds"]:
+        # Our reader refuses what nnU-Net's, which comes next, would execute.
+        read_checkpoint(Path(request["model"]) / f"fold_{fold}" / "checkpoint_final.pth")
     predictor.initialize_from_trained_model_folder(request["model"], tuple(request["folds"]), "checkpoint_final.pth")
     return predictor
 
