@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import secrets
-import signal
 import threading
 import webbrowser
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from nnunet_sam2.progress import say
 from nnunet_sam2.review.app import HOST, MOST_BYTES, ReviewApp
 from nnunet_sam2.review.session import ReviewSession
 from nnunet_sam2.rounds.decisions import DecisionFile, decisions_path
+from nnunet_sam2.stopping import Stopped
 
 _TOKEN_BYTES = 32
 _THREADS = 4
@@ -32,7 +32,7 @@ def serve_review(
             say(f"decisions are kept in {decisions_path(run)}; end with Ctrl-C")
             if browser:
                 threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-            with _terminate_as_interrupt():
+            with suppress(Stopped, KeyboardInterrupt):  # the one way in which it ends
                 server.run()
         say(f"{len(decisions.lines)} entries in {decisions_path(run)}")
 
@@ -61,21 +61,5 @@ def open_server(session: ReviewSession, *, port: int = 0) -> Iterator[tuple[Any,
     try:
         yield server, app.address
     finally:
+        server.task_dispatcher.shutdown(timeout=2)
         server.close()
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the server as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

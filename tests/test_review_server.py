@@ -1,0 +1,285 @@
+"""The review as it is served: decisions reach the disk, and nobody but its own page may make them."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finished_run import add_labels, fused_record
+from waitress import wasyncore
+
+from nnunet_sam2.cohort.cohort import Cohort
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.review.app import MOST_BYTES
+from nnunet_sam2.review.serve import open_server
+from nnunet_sam2.review.session import ReviewSession
+from nnunet_sam2.rounds.decisions import DecisionFile, accepted_path, decisions_path, read_decisions, standing
+from nnunet_sam2.rounds.ledger import Ledger
+from nnunet_sam2.storage import file_hash
+
+Run = tuple[DatasetFolders, Path]
+
+
+class Client:
+    """Talk to a review as its page does, or as another page would."""
+
+    def __init__(self, address: str, run: Path) -> None:
+        self.run = run
+        self.host, self.base = re.fullmatch(r"http://([^/]+)(/.+/)", address).groups()  # type: ignore[union-attr]
+        self.own = {"Origin": f"http://{self.host}", "Content-Type": "application/json"}
+
+    def ask(
+        self,
+        method: str,
+        route: str,
+        *,
+        headers: dict[str, str] | None = None,
+        body: Any = None,
+        path: str | None = None,
+    ) -> tuple[int, Any, dict[str, str]]:
+        connection = http.client.HTTPConnection(self.host, timeout=30)
+        data = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
+        own = self.own if method == "POST" else {}
+        connection.request(method, path or self.base + route, body=data, headers=own if headers is None else headers)
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        connection.close()
+        kind = answer.headers.get("Content-Type", "")
+        return answer.status, json.loads(text) if "json" in kind else text, dict(answer.headers)
+
+    def decide(self, case: str, decision: str, *classes: int, label: str | None = None) -> tuple[int, Any]:
+        label = label if label is not None else self.state()["cases"][case]["label"]
+        body = {"case": case, "decision": decision, "classes": list(classes), "label": label}
+        return self.ask("POST", "decide", body=body)[:2]
+
+    def state(self) -> Any:
+        status, state, _ = self.ask("GET", "state")
+        assert status == 200
+        return state
+
+
+@pytest.fixture
+def client(run: Run) -> Iterator[Client]:
+    """A review of a finished run, served from a thread."""
+    folders, folder = run
+    with DecisionFile(folder) as decisions, open_server(ReviewSession(folders, folder, decisions)) as (server, address):
+        ended = threading.Event()
+
+        def serve() -> None:
+            while not ended.is_set():
+                wasyncore.loop(timeout=0.05, map=server._map, count=1)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield Client(address, folder)
+        ended.set()
+        thread.join(timeout=10)
+
+
+def _lines(run: Path) -> int:
+    return len(read_decisions(decisions_path(run)))
+
+
+def test_decisions_are_on_disk_when_they_are_answered_and_undone_one_by_one(client: Client) -> None:
+    used, left_out = client.state()["cases"]
+    assert {used, left_out} == {"subject_003", "subject_004"}
+    status, state = client.decide("subject_003", "accept", 1)
+    assert status == 200
+    assert state["cases"]["subject_003"]["accepted"] == [1]
+    client.decide("subject_003", "reject", 2)
+    client.decide("subject_004", "take out")
+    stands = standing(read_decisions(decisions_path(client.run)))
+    assert (list(stands["subject_003"].accepted), list(stands["subject_003"].rejected)) == ([1], [2])
+    assert stands["subject_004"].taken_out
+    assert client.state()["undo"] == "take out subject_004"
+    assert client.ask("POST", "undo", body={})[1]["case"] == "subject_004"
+    client.ask("POST", "undo", body={})
+    state = client.ask("POST", "undo", body={})[1]
+    assert not any(case["accepted"] or case["rejected"] or case["taken_out"] for case in state["cases"].values())
+    status, answer, _ = client.ask("POST", "undo", body={})
+    assert (status, "no decision to take back" in answer["error"]) == (409, True)
+
+
+def test_an_accepted_label_is_kept_as_it_was_seen(client: Client) -> None:
+    label = client.state()["cases"]["subject_003"]["label"]
+    assert client.decide("subject_003", "accept", 1)[0] == 200
+    assert file_hash(accepted_path(client.run, "subject_003", label, ".nii.gz")) == label
+
+
+def test_what_is_open_comes_first_and_what_is_decided_last_with_the_reasons(client: Client) -> None:
+    cases = client.state()["cases"]
+    # Of subject_004, class 2 is missing; subject_003 has an estimate of 0.25.
+    assert list(cases) == ["subject_004", "subject_003"]
+    assert cases["subject_004"]["why"][0].endswith("every labelled case shows it, this label does not")
+    client.decide("subject_004", "reject", 1, 2)
+    cases = client.state()["cases"]
+    assert list(cases) == ["subject_003", "subject_004"]
+    assert cases["subject_004"]["open"] == {}
+
+
+def test_a_rejected_class_is_shown_again_when_a_round_has_made_a_newer_label(client: Client, run: Run) -> None:
+    seen = client.state()["cases"]["subject_003"]["label"]
+    client.decide("subject_003", "reject", 1, 2)
+    assert client.state()["newer"] is False
+    cohort = Cohort.load(run[0].raw)
+    add_labels(Ledger(client.run), cohort, 3, fused_record("subject_003", "subject_004", 3))
+    assert client.state()["newer"] is True
+    status, answer = client.decide("subject_003", "accept", 1, label="ab" * 32)
+    assert (status, "another label than the one that you saw" in answer["error"]) == (409, True)
+    assert client.ask("GET", "")[0] == 200
+    case = client.state()["cases"]["subject_003"]
+    assert case["label"] != seen
+    assert case["again"] == [1, 2]
+    assert case["why"] == ["large_organ: rejected before, and this is a newer label"]
+    assert client.decide("subject_003", "reject", 1, 2)[0] == 200
+    assert client.state()["cases"]["subject_003"]["open"] == {}
+
+
+def test_two_tabs_see_each_others_decisions_and_an_old_one_cannot_decide_about_a_changed_label(client: Client) -> None:
+    other = Client(f"http://{client.host}{client.base}", client.run)
+    client.decide("subject_003", "accept", 1)
+    status, state = other.decide("subject_003", "reject", 2)
+    assert status == 200
+    assert (state["cases"]["subject_003"]["accepted"], state["cases"]["subject_003"]["rejected"]) == ([1], [2])
+    for name in ("subject_003", "subject_004"):
+        path = client.run / "r02" / "labels" / f"{name}.nii.gz"
+        path.write_bytes(path.read_bytes() + b"\0")
+    # Of the one there is a copy from when it was accepted, as it was seen.
+    assert client.decide("subject_003", "accept", 2)[0] == 200
+    status, answer = client.decide("subject_004", "accept", 2)
+    assert (status, "changed since it was shown" in answer["error"]) == (409, True)
+
+
+CHANGED: tuple[tuple[dict[str, str | None], int], ...] = (
+    ({"Host": "evil.example"}, 403),
+    ({"Host": "evil.example:80"}, 403),
+    ({"Host": ""}, 403),
+    ({"Origin": "http://evil.example"}, 403),
+    ({"Origin": "null"}, 403),
+    ({"Origin": None}, 403),
+    ({"Origin": "https://{host}"}, 403),
+    ({"Sec-Fetch-Site": "cross-site"}, 403),
+    ({"Sec-Fetch-Site": "same-site"}, 403),
+    ({"Content-Type": "text/plain"}, 415),
+    ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
+    ({"Content-Type": None}, 415),
+)
+
+
+def test_a_request_of_another_page_or_under_another_name_decides_nothing(client: Client) -> None:
+    label = client.state()["cases"]["subject_003"]["label"]
+    body = {"case": "subject_003", "decision": "take out", "classes": [], "label": label}
+    for change, status in CHANGED:
+        filled = {name: value and value.format(host=client.host) for name, value in change.items()}
+        headers = {name: value for name, value in {**client.own, **filled}.items() if value is not None}
+        answered, _, sent = client.ask("POST", "decide", headers=headers, body=body)
+        assert answered == status, change
+        assert "Access-Control-Allow-Origin" not in sent
+    assert _lines(client.run) == 0
+    assert client.ask("POST", "decide", body=body)[0] == 200
+
+
+def test_without_the_token_nothing_is_shown_and_nothing_is_done(client: Client) -> None:
+    token = client.base.strip("/")
+    assert len(token) >= 43
+    wrong = [
+        "/", "//", "/state", "/decide", f"/{token[:-1]}/", f"/{token}x/", f"/{token.swapcase()}/", "/%00/", "/../",
+        f"/x/../{token}/", f"/{token[:-1]}%{ord(token[-1]) + 1:02x}/", "/\xff/",
+    ]  # fmt: skip
+    for path in wrong:
+        quoted = path.encode("latin-1").decode("latin-1").replace("\xff", "%ff")
+        for method in ("GET", "POST"):
+            status, _, headers = client.ask(method, "", path=quoted, body={} if method == "POST" else None)
+            assert status in (400, 403), (method, path)
+            assert headers.get("Content-Type", "").startswith(("application/json", "text/plain"))
+    assert _lines(client.run) == 0
+
+
+def test_there_are_no_files_to_be_had(client: Client) -> None:
+    wanted = (
+        "../cohort.json",
+        "..%2f..%2fetc/passwd",
+        "%2e%2e/ledger.jsonl",
+        "state/../../x",
+        "/etc/passwd",
+        "review.js",
+    )
+    for route in wanted:
+        status, answer, _ = client.ask("GET", route)
+        assert status in (400, 403, 404), route
+        assert "error" in answer
+
+
+NOT_SENT: tuple[tuple[Any, int], ...] = (
+    ({"case": "nobody", "decision": "take out", "classes": [], "label": ""}, 409),
+    ({"case": "subject_000", "decision": "take out", "classes": [], "label": ""}, 409),
+    ({"case": "subject_003", "decision": "accept", "classes": [7], "label": ""}, 409),
+    ({"case": "subject_003", "decision": "accept", "classes": [], "label": ""}, 409),
+    ({"case": "subject_003", "decision": "take out", "classes": [1], "label": ""}, 409),
+    ({"case": "subject_003", "decision": "undo", "classes": [1], "label": ""}, 409),
+    ({"case": "subject_003", "decision": "delete", "classes": [1], "label": ""}, 409),
+    ({"case": "subject_003", "decision": "accept", "classes": [1], "label": "old"}, 409),
+    ({"case": "subject_003", "decision": "accept", "classes": [True], "label": ""}, 400),
+    ({"case": "subject_003", "decision": "accept", "classes": "1", "label": ""}, 400),
+    ({"case": ["subject_003"], "decision": "accept", "classes": [1], "label": ""}, 400),
+    ({"decision": "accept"}, 400),
+    ([], 400),
+    (b"", 400),
+    (b"{", 400),
+    (b"\xff\xfe", 400),
+    (b"[" * 60_000, 400),
+    (b" " * (MOST_BYTES + 1), 413),
+)
+
+
+def test_what_the_page_would_not_send_is_refused_and_decides_nothing(client: Client) -> None:
+    for body, status in NOT_SENT:
+        answered, answer, _ = client.ask("POST", "decide", body=body)
+        assert answered == status, body if len(body) < 100 else len(body)
+        assert answered == 413 or "error" in answer
+    assert _lines(client.run) == 0
+
+
+def test_the_page_may_talk_to_its_own_server_and_to_nothing_else_and_is_kept_by_nobody(client: Client) -> None:
+    status, page, headers = client.ask("GET", "")
+    assert status == 200
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page)
+    assert policy is not None
+    assert "connect-src &#39;self&#39;" in policy[1]
+    assert "default-src &#39;none&#39;" in policy[1]
+    assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+    assert headers["Cache-Control"] == "no-store"
+    assert headers["Referrer-Policy"] == "no-referrer"
+    assert client.ask("PUT", "decide", body={})[0] == 405
+    assert client.ask("OPTIONS", "decide", headers={"Origin": "http://evil.example"})[0] in (403, 405)
+
+
+def test_a_second_review_of_the_same_run_is_refused(client: Client) -> None:
+    with pytest.raises(InputError, match="being reviewed by another process"):
+        DecisionFile(client.run)
+
+
+def test_the_command_prints_the_address_and_ends_with_an_interrupt(run: Run) -> None:
+    argv = [sys.executable, "-m", "nnunet_sam2.cli.main", "review", "-d", "501", "--no-browser", "--pictures", "0"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+/\S+/", line)
+        try:
+            assert found, line
+            assert Client(found[0], run[1]).decide("subject_004", "take out")[0] == 200
+        finally:
+            process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=10)
+    assert process.returncode == 0, errors
+    assert _lines(run[1]) == 1
