@@ -17,13 +17,10 @@ from nnunet_sam2.progress import say
 from nnunet_sam2.rounds import disk, nnunet
 from nnunet_sam2.rounds.ledger import Ledger
 from nnunet_sam2.rounds.options import RunOptions
-from nnunet_sam2.rounds.state import RUNS_FOLDER
+from nnunet_sam2.rounds.state import EMBEDDINGS, RUNS_FOLDER
 from nnunet_sam2.sam2.weights.cache import weights_identity
 from nnunet_sam2.storage import file_hash, read_json
 from nnunet_sam2.trainers.settings import RoundSettings
-
-EMBEDDINGS = "embeddings"
-"""Folder of SAM 2's features under that of a dataset's runs, which share them."""
 
 
 def load_labeller(options: RunOptions, cache_dir: Path | None, *, precision: str | None = None) -> Any:

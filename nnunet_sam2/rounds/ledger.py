@@ -7,9 +7,9 @@ dropped at the next start; a line that lacks what it must hold is refused by lin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from typing import Any
 
 from nnunet_sam2.errors import InputError, StageError, describe_os_error
 from nnunet_sam2.progress import say
-from nnunet_sam2.storage import atomic_path, file_hash, value_hash, write_text
+from nnunet_sam2.storage import file_hash, value_hash, write_text
 
 LEDGER_FILE = "ledger.jsonl"
 BACKUP_FILE = "ledger.backup.jsonl"
@@ -108,14 +108,18 @@ class Ledger:
         """Called with a stage's name before it starts; what it raises keeps the stage from starting."""
         whole = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in self.events)
         if self.path.is_file():
-            if self.path.read_text(encoding="utf-8", errors="replace") != whole:
+            written = self.path.read_bytes()
+            if written.startswith(whole.encode()):
+                os.truncate(self.path, len(whole.encode()))  # takes no room, where the disk is full
+            else:
                 write_text(self.path, whole)
-            with atomic_path(folder / BACKUP_FILE) as temporary:
-                shutil.copyfile(self.path, temporary)
+            with contextlib.suppress(OSError, StageError):  # a full disk must not keep the run from being looked at
+                write_text(folder / BACKUP_FILE, whole)
 
     def append(self, event: str, **values: Any) -> dict[str, Any]:
         """Append one event and flush it to disk before returning it; raise `StageError` where that is not possible."""
         entry = {"version": LEDGER_VERSION, "event": event, "time": round(time.time(), 3), **values}
+        size = self.path.stat().st_size if self.path.is_file() else 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as handle:
@@ -123,6 +127,8 @@ class Ledger:
                 handle.flush()
                 os.fsync(handle.fileno())
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)
             raise StageError(f"the ledger cannot be written: {describe_os_error(error)}") from error
         self.events.append(entry)
         return entry

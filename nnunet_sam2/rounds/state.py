@@ -14,6 +14,9 @@ from nnunet_sam2.rounds.ledger import LEDGER_FILE, RETRIED, read_events
 RUNS_FOLDER = "nnunet_sam2"
 """Folder of all runs under a dataset's results; nnU-Net's tools pass it by, for it is no ``A__B__C`` triple."""
 
+EMBEDDINGS = "embeddings"
+"""Folder of SAM 2's features in that of a dataset's runs, which share them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoundState:
