@@ -78,19 +78,29 @@ def test_a_ragged_label_is_less_smooth_than_a_round_one_of_the_same_size() -> No
     assert confidence_features(ball_zyx[6:7], np.stack([1.0 - ball_zyx[6:7], ball_zyx[6:7]]), 1, 1)["smoothness"] > 0.85
 
 
+def test_what_is_frayed_has_little_core_and_the_edge_of_the_volume_is_no_border() -> None:
+    full_zyx = np.ones((4, 6, 6), np.uint8)
+    holed_zyx = full_zyx.copy()
+    holed_zyx[::2, ::2, ::2] = 0
+    full, holed = (confidence_features(m, np.stack([1.0 - m, m]), 1, 1)["core"] for m in (full_zyx, holed_zyx))
+    assert full == 1.0
+    assert holed < 0.7
+
+
 def test_sams_own_iou_is_found_wherever_strategies_record_it() -> None:
     members = [
         {"name": "insert", "classes": {"1": {"estimated_iou": 0.5}, "2": {"absent_in_all_supports": True}}},
         {"name": "guided", "slices": [{"classes": {"1": {"iou": [0.1, 0.7]}}}, {"classes": [1]}]},
         {"name": "refine", "prompts": [{"pieces": [{"class": 1, "iou": [0.2, 0.9]}, {"class": 2, "iou": []}]}]},
-        {"name": "transfer", "prompts": None},
+        {"name": "transfer", "prompts": None, "supports_agree": {"1": 0.6, "2": None}},
+        {"name": "transfer along another axis", "supports_agree": {"1": 0.8, "2": None}},
     ]
     record = {"members": members, "agreement": {"1": 0.8, "2": None}}
     empty = np.zeros((1, 2, 2))
     pseudo = PseudoLabel(label_zyx=empty, confidence_zyx=empty, prob_czyx=empty[None], record=record)
     found = member_features(pseudo, CLASSES)
-    assert found[1] == {"members": 0.8, "sam_iou": pytest.approx(0.7)}
-    assert found[2] == {"members": None, "sam_iou": None}
+    assert found[1] == {"members": 0.8, "supports": pytest.approx(0.7), "sam_iou": pytest.approx(0.7)}
+    assert found[2] == {"members": None, "supports": None, "sam_iou": None}
 
 
 def test_estimates_follow_the_dice_of_labelled_cases() -> None:

@@ -220,8 +220,9 @@ def test_a_folder_of_labels_is_measured_like_labels_that_are_being_made(
     for value in cohort.class_values:
         assert found[value].reverse == expected[value].reverse
         for name, share in expected[value].columns.items():
-            # Probabilities lie in the folder in steps of 1/255.
-            assert found[value].columns[name] == (None if share is None else pytest.approx(share, abs=0.02))
+            # Probabilities lie in the folder in steps of 1/255; how the supports voted does not lie there.
+            told = None if share is None or name == "supports" else pytest.approx(share, abs=0.02)
+            assert found[value].columns[name] == told
     monkeypatch.setattr(backend, "embed", lambda frames: pytest.fail("a case was measured again"))
     measure_folder(cohort, **arguments)
     assert path.read_bytes() == before

@@ -163,6 +163,9 @@ def _transfer(member: Json, value: str) -> Said:
     recipes = [" ".join(f"{key}={number:g}" for key, number in recipe.items()) for recipe in member.get("recipes", [])]
     if recipes:
         said.made.append(f"mean of {len(recipes)} recipes: {'; '.join(recipes)}" if recipes[1:] else recipes[0])
+    agree = (member.get("supports_agree") or {}).get(value)
+    if agree is not None:
+        said.made.append(f"by their own votes alone two of them would agree to a Dice of {agree:.2f}")
     return said
 
 

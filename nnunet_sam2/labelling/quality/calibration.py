@@ -18,10 +18,22 @@ from nnunet_sam2.labelling.leave_one_out import DiceTable
 from nnunet_sam2.labelling.quality.features import CaseFeatures, Features
 from nnunet_sam2.labelling.quality.options import QualityOptions
 
-COLUMNS = ("reverse_least", "reverse_best", "agreement", "inside", "stability", "smoothness", "members", "sam_iou")
+COLUMNS = (
+    "reverse_least",
+    "reverse_best",
+    "agreement",
+    "inside",
+    "stability",
+    "smoothness",
+    "core",
+    "supports",
+    "members",
+    "sam_iou",
+)
 
-_PRIOR_SHARES = {"sam_iou": 0.25, "stability": 0.25}
-"""Shares of the prior slope, 1 where not named: on real images SAM's own IoU and the label's stability said least."""
+_PRIOR_SHARES = {"sam_iou": 0.25, "reverse_least": 0.25, "reverse_best": 0.25, "agreement": 0.5, "stability": 0.5}
+"""Shares of the prior slope, 1 where not named. On real images SAM's own IoU said least. Reverse propagation and second
+opinions find failures, but the better the labels, the more they tell the labelled cases apart and not the labels."""
 
 _PRIOR_INTERCEPT = 0.2
 """How far, in logits, the Dice lies above its features, whose cells are coarser than voxels; seen on real images."""

@@ -40,6 +40,10 @@ class Features:
     """Dice of the label where it is sure with all voxels where the class is possible."""
     smoothness: float | None = None
     """Dice of the label with itself after a blur by one voxel: organs are smooth, and slices of them follow on."""
+    core: float | None = None
+    """Share of the label's voxels whose neighbours all are of the label: what is frayed has little of it."""
+    supports: float | None = None
+    """Mean Dice of what two supports would have made of the class by their own votes, where a strategy counts them."""
     members: float | None = None
     """Mean Dice of the members with what they were fused to, where there are several."""
     sam_iou: float | None = None
@@ -57,6 +61,8 @@ class Features:
             "inside": self.inside,
             "stability": self.stability,
             "smoothness": self.smoothness,
+            "core": self.core,
+            "supports": self.supports,
             "members": self.members,
             # As a Dice, like the others.
             "sam_iou": None if self.sam_iou is None else 2.0 * self.sam_iou / (1.0 + self.sam_iou),
@@ -83,25 +89,33 @@ def confidence_features(label_zyx: np.ndarray, prob_czyx: np.ndarray, channel: i
     prob_zyx = prob_czyx[channel]
     sure = int(np.count_nonzero(mask_zyx & (prob_zyx > _SURE)))
     total = int(np.count_nonzero(mask_zyx)) + int(np.count_nonzero(prob_zyx > _POSSIBLE))
+    core_zyx = binary_erosion(mask_zyx[crop], border_value=1)
     return {
         "inside": float(prob_zyx[mask_zyx].mean(dtype=np.float64)),
-        "rim": _rim(mask_zyx[crop], prob_zyx[crop]),
+        "rim": _rim(mask_zyx[crop], core_zyx, prob_zyx[crop]),
+        "core": int(np.count_nonzero(core_zyx)) / int(np.count_nonzero(mask_zyx)),
         "stability": 2.0 * sure / total,
         "smoothness": _smoothness(mask_zyx[crop]),
     }
 
 
 def member_features(pseudo: PseudoLabel, class_values: Sequence[int]) -> dict[int, dict[str, float | None]]:
-    """Read ``members`` and ``sam_iou`` from what fusion and the members recorded; None where they did not."""
+    """Read ``members``, ``supports`` and ``sam_iou`` from what fusion and members recorded; None where they did not."""
     agreement = pseudo.record.get("agreement") or {}
     members = pseudo.record.get("members", ())
     return {
         value: {
             "members": agreement.get(str(value)),
+            "supports": _mean([float(x) for m in members if (x := _supports_of(m).get(str(value))) is not None]),
             "sam_iou": _mean([iou for member in members for iou in _ious_of(member, value)]),
         }
         for value in class_values
     }
+
+
+def _supports_of(member: Mapping[str, Any]) -> Mapping[str, float | None]:
+    found = member.get("supports_agree")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _ious_of(member: Mapping[str, Any], value: int) -> list[float]:
@@ -133,8 +147,8 @@ def _around(mask_zyx: np.ndarray) -> tuple[slice, ...]:
     return tuple(slice(max(0, int(e[0]) - _MARGIN), int(e[-1]) + 1 + _MARGIN) for e in extent)
 
 
-def _rim(mask_zyx: np.ndarray, prob_zyx: np.ndarray) -> float:
-    inner = mask_zyx & ~binary_erosion(mask_zyx, border_value=1)
+def _rim(mask_zyx: np.ndarray, core_zyx: np.ndarray, prob_zyx: np.ndarray) -> float:
+    inner = mask_zyx & ~core_zyx
     outer = binary_dilation(mask_zyx) & ~mask_zyx
     values = np.concatenate([prob_zyx[inner], 1.0 - prob_zyx[outer]])
     # A label that fills the whole image has no rim.

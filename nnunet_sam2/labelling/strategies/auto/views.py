@@ -13,6 +13,10 @@ from nnunet_sam2.labelling.strategies.transfer.strategy import Transfer, Transfe
 from nnunet_sam2.sam2.protocol import Sam2Backend
 from nnunet_sam2.support.cases import Query, Support
 
+ENTRIES, LEAST_SLICES = 16384, 40
+"""Support locations that a slice of a view is compared with, and the slices that they make up at least: with more of
+them labels of hippocampus (three supports) stay the same to the third decimal of Dice, at half the search's time."""
+
 
 class Views:
     """Label a query by `Transfer` along each of some axes; one member an axis."""
@@ -32,6 +36,7 @@ class Views:
         axes: Sequence[int],
     ) -> dict[str, Any]:
         """Choose each view's recipe and decoder on labelled cases, each left out in turn."""
+        self._bound(supports)
         return {
             f"axis {axis}": self._transfer(axis).prepare(
                 self._supports_along(supports, axis, backend), class_values, backend
@@ -50,6 +55,7 @@ class Views:
         axes: Sequence[int],
     ) -> Iterator[Member]:
         """Yield one member an axis, named by it."""
+        self._bound(supports)
         for axis in axes:
             seen = self._supports_along(supports, axis, backend)
             for member in self._transfer(axis).members(_along(query, axis, backend), seen, class_values, backend, rng):
@@ -59,6 +65,12 @@ class Views:
         """Return the mean Dice over classes and checked cases along an axis; None where nothing was checked."""
         known = [d for d in self._transfer(axis).checked_dice(class_values, without=without).values() if d is not None]
         return float(np.mean(known)) if known else None
+
+    def _bound(self, supports: Sequence[Support]) -> None:
+        if supports:
+            locations = int(supports[0].embeddings.top(0).shape[1:].numel())
+            entries = min(self._options.memory_entries, max(ENTRIES, LEAST_SLICES * locations))
+            self._options = replace(self._options, memory_entries=entries)
 
     def _transfer(self, axis: int) -> Transfer:
         return self._transfers.setdefault(axis, Transfer(self._options))

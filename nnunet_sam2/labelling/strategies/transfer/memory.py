@@ -105,6 +105,10 @@ class SupportMemory:
             self._latest = (key, features_mf, torch.cat([labels for _, labels in parts]))
         return self._latest[1:]
 
+    def owners(self, slices: Sequence[int]) -> torch.Tensor:
+        """Return of which support, by its place in the list, each row of `rows` is, (M,)."""
+        return torch.cat([torch.full((len(self._slice(number)[0]),), self._origin[number][0]) for number in slices])
+
     def search_among(
         self, slices: Sequence[int], query_pf: torch.Tensor, place: Place, count: int
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -38,9 +38,13 @@ def vote(excess_pk: torch.Tensor, labels_pkc: torch.Tensor, sharpness: float) ->
     ``excess_pk`` are squared distances beyond the nearest neighbour's. The usual spread is the mean over locations of
     the farthest neighbour's excess, so that the rule does not depend on how far apart a model's embeddings lie.
     """
+    return torch.einsum("pk,pkc->pc", vote_weights(excess_pk, sharpness), labels_pkc)
+
+
+def vote_weights(excess_pk: torch.Tensor, sharpness: float) -> torch.Tensor:
+    """Return what each neighbour's vote weighs, (P, K), summing to one for each location; see `vote`."""
     spread = excess_pk[:, -1].mean().clamp_min(1e-12)
-    weight_pk = torch.softmax(-excess_pk / (sharpness * spread), dim=1)
-    return torch.einsum("pk,pkc->pc", weight_pk, labels_pkc)
+    return torch.softmax(-excess_pk / (sharpness * spread), dim=1)
 
 
 def nearest_slow(query_pf: torch.Tensor, memory_mf: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from nnunet_sam2.labelling.leave_one_out import DiceTable
+from nnunet_sam2.labelling.strategies.transfer.ballots import Ballots
 from nnunet_sam2.labelling.strategies.transfer.half_cells import (
     HalfCells,
     from_quarters,
@@ -21,7 +22,7 @@ from nnunet_sam2.labelling.strategies.transfer.half_cells import (
     place_quarters,
 )
 from nnunet_sam2.labelling.strategies.transfer.memory import Place
-from nnunet_sam2.labelling.strategies.transfer.nearest import nearest, snap_to_edges, vote
+from nnunet_sam2.labelling.strategies.transfer.nearest import nearest, snap_to_edges, vote, vote_weights
 
 PIXELS_PER_CELL = 8
 """Resolution of the working map: finer than this, the frames only repeat the voxels of usual slices."""
@@ -146,12 +147,14 @@ def soft_maps(
     neighbours: int = NEIGHBOURS,
     half_cells: HalfCells | None = None,
     search: Search | None = None,
+    ballots: tuple[Ballots, torch.Tensor] | None = None,
 ) -> dict[Recipe, torch.Tensor]:
     """Transfer labels to one slice by each recipe; maps (C, h, w) that sum to one, 8 pixels a cell.
 
     ``query_pf`` and ``memory_mf`` are as from `slice_features`. With ``half_cells`` the neighbours found are searched
     once more at twice the resolution. With ``search`` the neighbours come from elsewhere, and of ``memory_mf`` only the
-    coordinates are read. What recipes have in common is computed once.
+    coordinates are read. ``ballots`` are where each support's votes are counted, and the support of each memory entry
+    (M,). What recipes have in common is computed once.
     """
     grid = round(len(query_pf) ** 0.5)
     side = grid * PIXELS_PER_CELL
@@ -170,10 +173,13 @@ def soft_maps(
                     query_pf, memory_mf, index_pk, half_cells, place, fine_weight, grid=grid, neighbours=neighbours
                 )
             else:
-                found = excess_pk, labels_mc[index_pk]
+                found = excess_pk, labels_mc[index_pk], index_pk
             alike = [r for r in recipes if r.place == place and r.fine_weight == fine_weight]
             for sharpness in dict.fromkeys(r.sharpness for r in alike):
-                prob_pc = vote(*found, sharpness)
+                excess_qk, labels_qkc, entries_qk = found
+                prob_pc = vote(excess_qk, labels_qkc, sharpness)
+                if ballots is not None:
+                    ballots[0].add(vote_weights(excess_qk, sharpness), labels_qkc, ballots[1][entries_qk])
                 if half_cells is None:
                     coarse = prob_pc.T.reshape(-1, grid, grid)
                 else:
@@ -200,8 +206,8 @@ def _among_quarters(
     *,
     grid: int,
     neighbours: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return excess distances (4P, K) and soft labels (4P, K, C) of the neighbours of every quarter of a cell."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the neighbours of every quarter of a cell: excess distances (4P, K), soft labels (4P, K, C), entries."""
     numbers_u, inverse = torch.unique(index_pk, return_inverse=True)
     features_u4f, labels_u4c = half_cells.entries(numbers_u)
     scale_f = torch.ones(features_u4f.shape[2] + 3)
@@ -210,4 +216,5 @@ def _among_quarters(
     query = place_quarters(half_cells.query_p4f, query_pf[:, -3:], grid=grid)
     memory = place_quarters(features_u4f, memory_mf[numbers_u, -3:], grid=grid)
     excess_p4k, chosen_p4k = nearest_quarters(query, memory, inverse, neighbours, scale_f)
-    return excess_p4k.flatten(0, 1), labels_u4c.flatten(0, 1)[chosen_p4k.flatten(0, 1)]
+    chosen_qk = chosen_p4k.flatten(0, 1)
+    return excess_p4k.flatten(0, 1), labels_u4c.flatten(0, 1)[chosen_qk], numbers_u[chosen_qk // 4]

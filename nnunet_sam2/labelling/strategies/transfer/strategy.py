@@ -19,6 +19,7 @@ from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.option_checks import at_least
 from nnunet_sam2.labelling.prompting.decoding import PromptKinds, decode_map, put_in
 from nnunet_sam2.labelling.slice_check import SliceDice, check_slices
+from nnunet_sam2.labelling.strategies.transfer.ballots import Ballots
 from nnunet_sam2.labelling.strategies.transfer.index import require_faiss
 from nnunet_sam2.labelling.strategies.transfer.memory import SupportMemory, slice_descriptors, slice_features
 from nnunet_sam2.labelling.strategies.transfer.recipe import (
@@ -168,10 +169,11 @@ class Transfer:
         choices = best_choices(self._decoder_rows, class_values, default="map", without=query.case_id)
         shares = {k: _SHARES[choices[value]] for k, value in enumerate(class_values)}
         descriptors_nf = slice_descriptors(query.embeddings)
+        ballots = Ballots(len(supports), len(class_values))
 
         def maps() -> Iterator[torch.Tensor]:
             for n in range(len(query.frames)):
-                prob_chw = averaged(self._maps(query, n, descriptors_nf[n], memory, recipes))
+                prob_chw = averaged(self._maps(query, n, descriptors_nf[n], memory, recipes, ballots=ballots))
                 if any(shares.values()):
                     decoded = decode_map(backend, query.embeddings, n, prob_chw, _KINDS)
                     prob_chw = put_in(prob_chw, decoded, shares)
@@ -186,6 +188,7 @@ class Transfer:
                 "supports": [support.case_id for support in supports],
                 "recipes": [asdict(recipe) for recipe in recipes],
                 "decoder_share": {str(value): shares[k] for k, value in enumerate(class_values)},
+                "supports_agree": ballots.agreement(class_values),
                 "prompts": asdict(_KINDS) if any(shares.values()) else None,
             },
         )
@@ -218,6 +221,7 @@ class Transfer:
         recipes: Sequence[Recipe],
         *,
         without: int | None = None,
+        ballots: Ballots | None = None,
     ) -> dict[Recipe, torch.Tensor]:
         """Return the soft map of one slice by each recipe, (C, h, w), summing to one."""
         # An index holds every support, so that one left out has to be searched around; that is only for checks.
@@ -232,6 +236,7 @@ class Transfer:
         if not len(memory_mf):
             raise InputError(f"the supports have no judged voxel to label case {query.case_id} from")
         query_pf = slice_features(query.embeddings, n)
+        counted = None if ballots is None else (ballots, memory.owners(chosen))
         image_3ss = query.frames.image(n)
         return soft_maps(
             query_pf,
@@ -242,6 +247,7 @@ class Transfer:
             neighbours=self._options.neighbours,
             half_cells=memory.half_cells(query.embeddings, n, chosen) if self._options.half_cells else None,
             search=memory.search_all if indexed else partial(memory.search_among, chosen),
+            ballots=counted,
         )
 
     def _check_recipes(
