@@ -174,8 +174,8 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_old_one(
     trainer.save_checkpoint(str(path))
     before = path.read_bytes()
 
-    def write_half(checkpoint: dict, file: Path) -> None:
-        file.write_bytes(b"PK half of a checkpoint")
+    def write_half(checkpoint: dict, stream: Any) -> None:
+        stream.write(b"PK half of a checkpoint")
         raise Killed
 
     monkeypatch.setattr(torch, "save", write_half)
