@@ -3,71 +3,40 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
 import pytest
+from loop_command import LONGEST_S, RUN, command, copy_of, human_hashes, label_hashes, run_folder, start, was_started
 
+from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.rounds import disk
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
-from nnunet_sam2.storage import TEMPORARY_MARK, file_hash
+from nnunet_sam2.rounds.nnunet import light_configuration
+from nnunet_sam2.storage import TEMPORARY_MARK, file_hash, read_json
 
-RUN = [
-    "run", "-d", "501", "-c", "3d_fullres", "-f", "0", "--sam2", "untrained", "--image-size", "64", "--rounds", "2",
-    "--device", "cpu", "--profile", "cpu", "--epochs", "2", "--iterations", "2", "--mean-change", "0",
-    "--worst-tenth-change", "0", "--validation-drop", "1", "--threads", "1",
-    # an untrained SAM 2 and four steps of training: labels do what they like
-    "--volume-drift", "1e9", "--empty-rise", "1", "--oscillation", "0",
-]  # fmt: skip
-LONGEST_S = 600.0
-
-
-def _environment(root: Path) -> dict[str, str]:
-    return {
-        **os.environ,
-        **{f"nnUNet_{name}": str(root / f"nnUNet_{name}") for name in ("raw", "preprocessed", "results")},
-        "OMP_NUM_THREADS": "1",
-        "nnUNet_def_n_proc": "1",
-    }
-
-
-def _command(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "nnunet_sam2.cli.main", *arguments]
-    return subprocess.run(argv, env=_environment(root), capture_output=True, text=True, timeout=LONGEST_S)
-
-
-def _copy_of(dataset: DatasetFolders, root: Path) -> Path:
-    for name in ("raw", "preprocessed", "results"):
-        (root / f"nnUNet_{name}").mkdir(parents=True)
-    shutil.copytree(dataset.raw, root / "nnUNet_raw" / dataset.name)
-    return root
-
-
-def _label_hashes(root: Path) -> dict[str, str]:
-    run = next((root / "nnUNet_results").glob("*/nnunet_sam2/3d_fullres_fold0"))
-    found = [p for p in run.rglob("*.nii.gz") if TEMPORARY_MARK not in p.name]
-    assert any("/r02/labels/" in str(p) for p in found)
-    assert any("/confidence/" in str(p) for p in found)
-    return {str(p.relative_to(run)): file_hash(p) for p in found}
+AGAIN = shlex.join(["nnunet_sam2", *RUN])
+LONG_SHARE = 0.003
+"""Stages that take a smaller part of a loop are killed at by tests/test_loop_long.py alone."""
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_dataset: DatasetFolders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the root of a run that was never killed."""
-    root = _copy_of(tiny_dataset, tmp_path_factory.mktemp("finished"))
-    done = _command(root, *RUN)
+    root = copy_of(tiny_dataset, tmp_path_factory.mktemp("finished"))
+    done = command(root, *RUN)
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
     return root
 
 
 def test_the_loop_goes_from_images_to_rounds_and_a_named_reason_to_stop(finished: Path) -> None:
-    state = json.loads(_command(finished, "status", "-d", "501", "--json").stdout)
+    state = json.loads(command(finished, "status", "-d", "501", "--json").stdout)
     assert state["stop_reason"] == "round limit"
     assert [r["number"] for r in state["rounds"]] == [0, 1, 2]
     assert all(r["finished"] and 0 <= r["validation_dice"] <= 1 for r in state["rounds"])
@@ -77,7 +46,7 @@ def test_the_loop_goes_from_images_to_rounds_and_a_named_reason_to_stop(finished
 
 
 def test_the_loop_leaves_a_report_of_itself_with_the_versions_that_made_it(finished: Path) -> None:
-    run = next((finished / "nnUNet_results").glob("*/nnunet_sam2/3d_fullres_fold0"))
+    run = run_folder(finished)
     text = (run / "report.html").read_text(encoding="utf-8")
     assert "Not converged: stopped at the limit of 2 rounds" in text
     assert "Machine and versions of the run" in text
@@ -102,17 +71,17 @@ def test_validation_and_plans_see_human_labels_alone(finished: Path, tiny_datase
 
 
 def test_the_same_command_again_has_nothing_left_to_do(finished: Path) -> None:
-    before = _label_hashes(finished)
+    before = label_hashes(finished)
     start = time.monotonic()
-    again = _command(finished, *RUN)
+    again = command(finished, *RUN)
     assert again.returncode == 0, again.stderr
     assert "[r01/train]" not in again.stdout
     assert time.monotonic() - start < 60
-    assert _label_hashes(finished) == before
+    assert label_hashes(finished) == before
 
 
 def test_a_changed_option_is_refused_and_the_difference_is_shown(finished: Path) -> None:
-    refused = _command(finished, *RUN, "--seed", "99")
+    refused = command(finished, *RUN, "--seed", "99")
     assert refused.returncode == 2
     assert "seed: 12345 -> 99" in refused.stderr
     assert "--branch" in refused.stderr
@@ -120,51 +89,84 @@ def test_a_changed_option_is_refused_and_the_difference_is_shown(finished: Path)
 
 def test_the_model_of_any_round_predicts_and_the_best_is_the_default(finished: Path, tmp_path: Path) -> None:
     images = next((finished / "nnUNet_raw").glob("*/imagesTs"))
-    done = _command(finished, "predict", "-d", "501", "-i", str(images), "-o", str(tmp_path / "best"), "-device", "cpu")
+    done = command(finished, "predict", "-d", "501", "-i", str(images), "-o", str(tmp_path / "best"), "-device", "cpu")
     assert done.returncode == 0, done.stderr
     assert {p.name for p in (tmp_path / "best").glob("*.nii.gz")} == {
         p.name for p in next((finished / "nnUNet_raw").glob("*/labelsTs")).iterdir()
     }
-    refused = _command(finished, "predict", "-d", "501", "-i", str(images), "-o", str(tmp_path / "x"), "--round", "7")
+    refused = command(finished, "predict", "-d", "501", "-i", str(images), "-o", str(tmp_path / "x"), "--round", "7")
     assert refused.returncode == 2
     assert "finished rounds: 0, 1, 2" in refused.stderr
+
+
+def test_no_stage_writes_more_than_was_asked_for_before_it(finished: Path) -> None:
+    raw = next((finished / "nnUNet_raw").iterdir())
+    preprocessed = finished / "nnUNet_preprocessed" / raw.name
+    plans = read_json(preprocessed / "nnUNetPlans.json")
+    validation = read_json(preprocessed / "splits_final.json")[0]["val"]
+    size = disk.run_size(
+        Cohort.load(raw),
+        validation_ids=tuple(validation),
+        plans=plans,
+        configuration="3d_fullres",
+        overrides=light_configuration(plans, "3d_fullres"),
+        light=True,
+    )
+    run = run_folder(finished)
+    for event in read_events(run / LEDGER_FILE):
+        if event["event"] == "done":
+            written = sum((run / name).stat().st_size for name in event["files"])
+            assert written <= max(disk.stage_bytes(event["stage"], size), 4096), event["stage"]
+    base = sum(disk.folder_bytes(preprocessed / f"nnUNetPlans_3d_fullres{end}") for end in ("", "_un"))
+    assert base <= disk.stage_bytes("setup/plan", size)
+    models = list((finished / "nnUNet_results" / raw.name).glob("nnUNetTrainerSAM2__*"))
+    assert len(models) == 3
+    for model in models:
+        assert disk.folder_bytes(model) <= disk.stage_bytes("r00/train", size) < 3 * disk.folder_bytes(model)
 
 
 def test_a_loop_killed_in_every_stage_ends_with_the_same_labels_byte_for_byte(
     finished: Path, tiny_dataset: DatasetFolders, tmp_path: Path
 ) -> None:
-    ledger = next((finished / "nnUNet_results").glob("*/nnunet_sam2/3d_fullres_fold0")) / LEDGER_FILE
-    events = [e for e in read_events(ledger) if e["event"] == "done"]
-    assert len(events) >= 14
-    root = _copy_of(tiny_dataset, tmp_path / "killed")
-    killed = [event["stage"] for event in events if _kill_in(root, event["stage"], after_s=0.4 * event["seconds"])]
-    assert len(killed) >= len(events) - 1, killed
-    ended = _command(root, *RUN)
+    events = [e for e in read_events(run_folder(finished) / LEDGER_FILE) if e["event"] == "done"]
+    shortest = LONG_SHARE * sum(e["seconds"] for e in events)
+    stages = [(e["stage"], e["seconds"]) for e in events if e["seconds"] > shortest]
+    assert len(stages) >= 9
+    root = copy_of(tiny_dataset, tmp_path / "killed")
+    asked = {"r00/train": signal.SIGTERM, "r01/predict": signal.SIGINT} if sys.platform != "win32" else {}
+    killed = [s for s, seconds in stages if _end_in(root, s, asked.get(s, signal.SIGKILL), after_s=0.4 * seconds)]
+    assert len(killed) >= len(stages) - 1, killed
+    ended = command(root, *RUN)
     assert ended.returncode == 0, ended.stderr[-4000:] + ended.stdout[-2000:]
-    assert _label_hashes(root) == _label_hashes(finished)
-    leftovers = list(root.rglob(f"*{TEMPORARY_MARK}*"))
-    assert not leftovers
+    assert label_hashes(root) == label_hashes(finished)
+    assert human_hashes(root) == human_hashes(finished)
+    assert not list(root.rglob(f"*{TEMPORARY_MARK}*"))
 
 
-def _kill_in(root: Path, stage: str, *, after_s: float) -> bool:
-    """Start the run and SIGKILL it ``after_s`` seconds into ``stage``; return whether it was still at work."""
-    argv = [sys.executable, "-m", "nnunet_sam2.cli.main", *RUN]
-    process = subprocess.Popen(argv, env=_environment(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def _end_in(root: Path, stage: str, number: signal.Signals, *, after_s: float) -> bool:
+    """Start the run and send a signal ``after_s`` seconds into ``stage``; return whether it was still at work."""
+    process = start(root, *RUN)
     try:
         deadline = time.monotonic() + LONGEST_S
-        while time.monotonic() < deadline and process.poll() is None and not _was_started(root, stage, process.pid):
+        while time.monotonic() < deadline and process.poll() is None and not was_started(root, stage, process.pid):
             time.sleep(0.05)
         time.sleep(min(after_s, 20.0))
-        return process.poll() is None
+        if process.poll() is not None:
+            return False
+        if number != signal.SIGKILL:
+            _ends_when_asked(process, number)
+        return True
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.communicate()
 
 
-def _was_started(root: Path, stage: str, process: int) -> bool:
-    events: Mapping[str, object]
-    for path in (root / "nnUNet_results").glob(f"*/nnunet_sam2/3d_fullres_fold0/{LEDGER_FILE}"):
-        for events in read_events(path):
-            if events["event"] == "started" and events["stage"] == stage and events["process"] == process:
-                return True
-    return False
+def _ends_when_asked(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.send_signal(number)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 128 + number
+    assert err.splitlines()[-1].endswith(f"stopped by {number.name}; what is finished is kept, go on with: " + AGAIN)
+    _, alive = psutil.wait_procs(children, timeout=1)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
