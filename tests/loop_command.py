@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,13 @@ def start(root: Path, *arguments: str, argv: list[str] | None = None) -> subproc
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_ctrl_c if os.name == "posix" else None,
     )
+
+
+def heed_ctrl_c() -> None:
+    """Undo what a shell does to what it starts in the background: there SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def copy_of(dataset: DatasetFolders, root: Path) -> Path:

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from loop_command import heed_ctrl_c
 
 from nnunet_sam2.stopping import Stopped, stoppable
 
@@ -43,7 +44,12 @@ COMPUTES = """
 def _start(work: str) -> tuple[subprocess.Popen[str], str]:
     code = COMMAND.replace("{work}", work.strip())
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_ctrl_c,
     )
     assert process.stdout is not None
     return process, process.stdout.readline()
