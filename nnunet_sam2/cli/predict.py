@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from nnunet_sam2.cohort.names import checked_case_id
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.file_checks import VOLUME_ENDINGS
 from nnunet_sam2.folders import DatasetFolders, find_dataset
@@ -42,8 +43,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Predict every case of the input folder; what is there already and was made from the same is kept."""
     from nnunet_sam2.cohort.cohort import Cohort
-    from nnunet_sam2.progress import say
+    from nnunet_sam2.progress import say, track
     from nnunet_sam2.rounds.nnunet import predict_cases
+    from nnunet_sam2.volumes import read_stored
 
     folders = find_dataset(args.dataset)
     configuration, fold = chosen_model(folders, args)
@@ -53,6 +55,9 @@ def run(args: argparse.Namespace) -> int:
     endings = VOLUME_ENDINGS if cohort.file_ending in VOLUME_ENDINGS else (cohort.file_ending,)
     cases = find_cases(args.images, endings, files_a_case=len(cohort.cases[0].images))
     say(f"{len(cases)} cases with {configuration}, fold {fold}")
+    # nnU-Net's reader takes a file that is cut off for a whole one, and NaN for 0.
+    for path in track([path for files in cases.values() for path in files], what="checking"):
+        read_stored(path)
     predict_cases(
         folders,
         configuration,
@@ -107,6 +112,7 @@ def find_cases(folder: Path, endings: Sequence[str], *, files_a_case: int) -> di
     if not cases:
         raise InputError(f"{folder} holds no images with the ending {' or '.join(endings)}, which the model reads")
     for case_id, channels in cases.items():
+        checked_case_id(case_id, where=next(iter(channels.values())))
         _require_channels(folder, case_id, channels, files_a_case)
     return {case_id: [channels[i] for i in range(files_a_case)] for case_id, channels in cases.items()}
 

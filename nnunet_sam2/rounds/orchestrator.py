@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nnunet_sam2.cohort.cohort import Cohort
+from nnunet_sam2.cohort.integrity import check_unchanged
 from nnunet_sam2.cohort.splits import make_splits
 from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.folders import DatasetFolders
@@ -48,6 +49,7 @@ def run_loop(folders: DatasetFolders, options: RunOptions, *, report: Report | N
     cohort = Cohort.load(folders.raw).as_planned()
     folder = run_folder(folders, options.run_name)
     refuse_unusable(folders, cohort, options)
+    check_unchanged(cohort)
     if not (folder / LEDGER_FILE).is_file():
         load_labeller(options, cache_dir=None)
     with only_run(folder):
