@@ -9,6 +9,8 @@ import pytest
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.cohort.cohort import Case, Cohort, Role
 from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.rounds.ledger import Ledger
+from nnunet_sam2.rounds.options import RunOptions
 
 RUN = ["run", "-d", "501", "--sam2", "untrained", "--device", "cpu"]
 
@@ -82,3 +84,28 @@ def test_a_mistyped_configuration_is_refused_before_a_run_is_begun(
     assert main([*RUN, "-c", "3dfullres"]) == 2
     assert "choose one of 2d, 3d_fullres, 3d_lowres" in capsys.readouterr().err
     assert not fresh_dataset.results.exists()
+
+
+def test_one_labelled_case_has_no_folds_and_the_way_out_is_said(
+    fresh_dataset: DatasetFolders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cohort = Cohort.load(fresh_dataset.raw)
+    others = cohort.labelled[1:]
+    Cohort(**{**vars(cohort), "cases": tuple(c for c in cohort.cases if c not in others)}).save()
+    assert main(RUN) == 2
+    assert "give 0 folds; give -f all, which has no validation" in capsys.readouterr().err
+    assert not fresh_dataset.preprocessed.exists()
+
+
+def test_another_sam2_under_the_same_name_is_refused_when_a_run_is_continued(
+    fresh_dataset: DatasetFolders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = RunOptions(sam2="untrained", device="cpu", profile="cpu")
+    ledger = Ledger(fresh_dataset.results / "nnunet_sam2" / options.run_name)
+    ledger.append("run", options=options.to_json())
+    ledger.append("started", stage="setup/sam2_quality", key="", inputs={"sam2": "0123456789abcdef"})
+    assert main([*RUN, "--profile", "cpu"]) == 2
+    message = capsys.readouterr().err
+    assert "is another model than the one that" in message
+    assert "before 0123456789ab" in message
+    assert "--branch NAME" in message
