@@ -20,12 +20,14 @@ from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.rounds import disk
 from nnunet_sam2.rounds import lock as locks
+from nnunet_sam2.rounds.context import RunContext
 from nnunet_sam2.rounds.device_memory import on_cpu_if_full
 from nnunet_sam2.rounds.ledger import BACKUP_FILE, LEDGER_FILE, Ledger, StageResult, read_events
 from nnunet_sam2.rounds.lock import OWNER_FILE, Owner, in_use, only_run
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import read_state
 from nnunet_sam2.storage import write_json
+from nnunet_sam2.support.library import load_query
 
 RUN = ["run", "-d", "501", "--sam2", "untrained", "--image-size", "64", "--device", "cpu", "--profile", "cpu"]
 
@@ -120,6 +122,20 @@ def test_a_stage_that_the_disk_has_no_room_for_does_not_start(
     assert not list(fresh_dataset.preprocessed.rglob("*.b2nd"))
     state = read_state(fresh_dataset)
     assert state.running_stage is None
+
+
+def test_features_that_the_disk_has_no_room_for_are_not_kept_and_labelling_goes_on(
+    fresh_dataset: DatasetFolders, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = RunOptions(sam2="untrained", image_size=64, device="cpu", profile="cpu")
+    folder = fresh_dataset.results / "nnunet_sam2" / options.run_name
+    cohort = Cohort.load(fresh_dataset.raw)
+    run = RunContext(folders=fresh_dataset, cohort=cohort, options=options, ledger=Ledger(folder), folder=folder)
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: disk.RESERVE + 1000)
+    frames = load_query(cohort, cohort.unlabelled[0], run.backend, slice_axis=0).embeddings
+    assert len(frames) == cohort.unlabelled[0].geometry.shape_zyx[0]
+    assert "features are not kept on disk" in capsys.readouterr().out
+    assert not list(fresh_dataset.results.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
