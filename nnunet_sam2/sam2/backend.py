@@ -15,6 +15,7 @@ import torch
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.frames import Frames
+from nnunet_sam2.progress import say
 from nnunet_sam2.sam2.cache import TENSORS, EmbeddingCache, joined_halves, to_half
 from nnunet_sam2.sam2.checkpoint import read_checkpoint, recognise
 from nnunet_sam2.sam2.config import check_image_size, load_config
@@ -110,6 +111,7 @@ class MetaSam2Backend:
         self._threads = threads
         on_processor = max(1, _PROCESSOR_BATCH_PIXELS // spec.image_size**2)
         self._batch = on_processor if device.type == "cpu" else _ACCELERATOR_BATCH
+        self._batch_is_told = True
         dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
         self._walker = VideoWalker(model, device, dtype=dtype) if spec.has_memory else None
         self._mean = torch.tensor(IMAGE_MEAN, device=device)[:, None, None]
@@ -152,7 +154,11 @@ class MetaSam2Backend:
                 if self._batch == 1:
                     raise
                 self._batch = max(1, self._batch // 2)
+                self._batch_is_told = False
                 continue
+            if not self._batch_is_told:
+                say(f"SAM 2: the memory is too small for the usual batch; {self._batch} images are encoded at once")
+                self._batch_is_told = True
             for name, features in zip(TENSORS, maps, strict=True):
                 # Rounded at once: a long volume in full precision would not fit.
                 parts[name].append(to_half(features.float()))
