@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_sam2.cohort.cohort import Case, Cohort
-from nnunet_sam2.errors import StageError
 from nnunet_sam2.folders import VARIABLES, DatasetFolders
 from nnunet_sam2.machine import usable_cores
 from nnunet_sam2.progress import say
@@ -23,7 +21,7 @@ from nnunet_sam2.provenance import provenance
 from nnunet_sam2.rounds.estimate.sizes import voxels
 from nnunet_sam2.rounds.nnunet.base import plans_path, read_plans, require_trainable, resolved_configuration
 from nnunet_sam2.rounds.nnunet.light import MOST_VOXELS_3D
-from nnunet_sam2.rounds.nnunet.process import child_environment
+from nnunet_sam2.rounds.nnunet.process import child_environment, run_logged
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.sam2.weights.cache import weights_identity
 from nnunet_sam2.storage import read_json, value_hash, write_json
@@ -40,7 +38,6 @@ PROBED_SLICES = 16
 _MOST_PROBED_VOXELS = 2 * MOST_VOXELS_3D
 _MOST_GPU_PATCH = 2**30
 _MOST_WRITTEN_VOXELS = 2**22
-_LAST_LINES = 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +67,7 @@ def measure(
     """Measure what a run's estimate needs, or find it in the cache.
 
     Nothing is written but in the cache (`cache_folder` by default) and in a temporary folder. ``again`` measures anew.
-    Raises `StageError` with a probe's last lines where one fails.
+    Raises `StageError` with a probe's last lines and log where one fails: the run would fail where it did.
     """
     cache = cache_folder() if cache is None else cache
     requests = {
@@ -88,7 +85,9 @@ def measure(
             if not measured_now:
                 say("measuring this machine, for about a minute; the result is kept")
             measured_now = True
-            kept = {"identity": identity, "busy": _busy(), **_run_probe(kind, request, folders, options)}
+            log = cache / f"{kind}.log"
+            kept = {"identity": identity, "busy": _busy(), **_run_probe(kind, request, folders, options, log)}
+            log.unlink()
             write_json(path, kept)
         found[kind] = kept
     return Measured(
@@ -220,7 +219,9 @@ def _busy() -> float:
     return round(os.getloadavg()[0] / usable_cores(), 2)
 
 
-def _run_probe(kind: str, request: Mapping[str, Any], folders: DatasetFolders, options: RunOptions) -> dict[str, Any]:
+def _run_probe(
+    kind: str, request: Mapping[str, Any], folders: DatasetFolders, options: RunOptions, log: Path
+) -> dict[str, Any]:
     """Run a probe in a process and a temporary folder of its own."""
     with tempfile.TemporaryDirectory(prefix="nnunet_sam2_probe_") as name:
         folder = Path(name)
@@ -238,18 +239,6 @@ def _run_probe(kind: str, request: Mapping[str, Any], folders: DatasetFolders, o
         started = time.time()
         write_json(asked, {**request, "spawned": started})
         module = f"nnunet_sam2.rounds.estimate.{kind}_probe"
-        done = subprocess.run(
-            [sys.executable, "-m", module, str(asked), str(answer)],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
-        if done.returncode != 0:
-            lines = "\n".join((done.stderr or done.stdout).splitlines()[-_LAST_LINES:])
-            raise StageError(
-                f"the self-benchmark of {kind} failed (exit status {done.returncode}), and the run would fail where it "
-                f"did; its last lines:\n{lines}"
-            )
+        argv = [sys.executable, "-m", module, str(asked), str(answer)]
+        run_logged(argv, log=log, environment=environment, what=f"the self-benchmark of {kind}")
         return {"answer": read_json(answer), "seconds": round(time.time() - started, 1)}
