@@ -12,7 +12,7 @@ from anisotropic_data import Dataset, small_round
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.rounds.nnunet import plan as nnunet_plan
-from nnunet_sam2.rounds.nnunet import plan_and_preprocess, read_plans, write_splits
+from nnunet_sam2.rounds.nnunet import plan_and_preprocess, read_plans, require_splits, write_splits
 from nnunet_sam2.storage import file_hash, read_json, write_json
 from nnunet_sam2.volumes import read_label, write_label
 
@@ -116,6 +116,18 @@ def test_splits_that_validate_on_a_machine_labelled_case_are_refused(planned: Da
     write_json(path, [{"train": ["case_00"], "val": [planned.unlabelled[0]]}])
     with pytest.raises(InputError, match=f"names {planned.unlabelled[0]}, no labelled case"):
         write_splits(planned.folders, planned.cohort)
+
+
+def test_other_folds_than_a_run_began_with_are_refused_and_lost_ones_written_anew(planned: Dataset) -> None:
+    path = planned.folders.preprocessed / "splits_final.json"
+    folds = read_json(path)
+    require_splits(planned.folders, folds)
+    write_json(path, folds[::-1])
+    with pytest.raises(InputError, match="other folds than this run began with"):
+        require_splits(planned.folders, folds)
+    path.unlink()
+    require_splits(planned.folders, folds)
+    assert read_json(path) == folds
 
 
 def test_splits_that_share_a_patient_are_refused(planned: Dataset) -> None:

@@ -132,6 +132,18 @@ def test_a_round_that_a_killed_process_left_half_is_made_again_the_same(planned:
     assert not remains.exists()
 
 
+def test_a_rounds_label_or_distrust_that_was_changed_is_made_again_the_same(planned: Dataset) -> None:
+    made = small_round(planned, "3d_fullres_r01")
+    assert {path.name for path in made.own_files} == {
+        f"{case}{end}" for case in made.pseudo_cases for end in ("_seg.b2nd", ".pkl", ".b2nd")
+    }
+    before = contents(made.data_folder), contents(made.confidence_folder)
+    for path in made.own_files[:1] + made.own_files[-1:]:
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+        assert small_round(planned, "3d_fullres_r01") == made
+        assert (contents(made.data_folder), contents(made.confidence_folder)) == before
+
+
 def test_a_round_is_never_changed(planned: Dataset) -> None:
     made = small_round(planned, "3d_fullres_r01")
     before = contents(made.data_folder)

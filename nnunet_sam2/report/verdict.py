@@ -171,7 +171,7 @@ def _validation(account: RunAccount) -> Finding | None:
     by_round = ", ".join(f"{r.name}: {r.validation_dice:.3f}" for r in scored)
     text = f"Dice on {_cases(account.validation_cases)} with human labels that were held out, by round: {by_round}."
     gain, best = account.gain, account.best
-    if account.stop_reason == StopReason.VALIDATION_FELL.value:
+    if account.stop_reason in (StopReason.VALIDATION_FELL.value, StopReason.CONFIRMATION.value):
         return Finding(level=Level.BAD, title="Validation fell", text=text)
     if best is not None and best.number == 0 and len(scored) > 1:
         return Finding(level=Level.LOOK, title="No gain over labelled-only", text=text)

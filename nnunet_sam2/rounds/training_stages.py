@@ -69,9 +69,10 @@ class TrainingStages:
             "cases": {c.case_id: [c.role.value, c.patient, c.voxel_hash] for c in self.run.cohort.cases},
             "labels": self.run.human_label_hashes,
         }
-        self.run.ledger.run_stage(
+        done = self.run.ledger.run_stage(
             "setup/plan", inputs, work, what="nnU-Net plans and preprocesses; plans see the labelled cases alone"
         )
+        nnunet.require_splits(self.run.folders, done["info"]["folds"])
 
     def make_data(self, number: int, *, labels: Fused | None, final: bool = False) -> None:
         """Build the round's immutable configuration: human labels and, from round 1 on, pseudo-labels."""
@@ -98,13 +99,14 @@ class TrainingStages:
                 overrides=self.run.overrides,
             )
             return StageResult(
+                files=made.own_files,
                 info={
                     "round": number,
                     "configuration": name,
                     "final": final,
                     "key": made.key,
                     "pseudo_labelled": len(labels.used_cases) if labels else 0,
-                }
+                },
             )
 
         self.run.ledger.run_stage(f"r{number:02d}/data", inputs, work, what=f"configuration {name}")

@@ -23,7 +23,7 @@ from nnunet_sam2.rounds.nnunet.cases import preprocess_unlabelled
 from nnunet_sam2.rounds.nnunet.configuration import make_round_configuration
 from nnunet_sam2.rounds.nnunet.export import export_model
 from nnunet_sam2.rounds.nnunet.light import light_configuration, light_settings
-from nnunet_sam2.rounds.nnunet.plan import plan_and_preprocess, write_splits
+from nnunet_sam2.rounds.nnunet.plan import plan_and_preprocess, require_splits, write_splits
 from nnunet_sam2.rounds.nnunet.predict import predict_cases
 from nnunet_sam2.rounds.nnunet.training import read_validation, train
 
@@ -47,6 +47,7 @@ __all__ = [
     "preprocess_unlabelled",
     "read_plans",
     "read_validation",
+    "require_splits",
     "train",
     "write_splits",
 ]

@@ -32,6 +32,14 @@ class RoundConfiguration:
     confidence_folder: Path
     key: str
     """Hash of everything that went in: base data, labels, confidences, settings, overrides."""
+    pseudo_cases: tuple[str, ...] = ()
+
+    @property
+    def own_files(self) -> tuple[Path, ...]:
+        """Return the files that this round alone has: labels and distrust of its pseudo cases, as far as they exist."""
+        paths = [self.data_folder / f"{case}{end}" for case in self.pseudo_cases for end in ("_seg.b2nd", ".pkl")]
+        paths += [self.confidence_folder / f"{case}.b2nd" for case in self.pseudo_cases]
+        return tuple(path for path in paths if path.is_file())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,15 +100,19 @@ def make_round_configuration(
             "images": {case: cohort.case(case).voxel_hash for case in pseudo_cases},
         }
     )
-    made = RoundConfiguration(name=name, data_folder=folder, confidence_folder=distrust, key=key)
+    made = RoundConfiguration(
+        name=name, data_folder=folder, confidence_folder=distrust, key=key, pseudo_cases=pseudo_cases
+    )
     record = folders.preprocessed / f"{identifier}{RECORD_SUFFIX}"
     if record.is_file():
-        if read_json(record)["key"] != key:
+        known = read_json(record)
+        if known["key"] != key:
             raise InputError(
                 f"configuration {name} of {folders.name} exists with other labels or settings and rounds are never "
                 f"changed; use another name, or remove {record}, {folder} and {distrust} with the models trained on it"
             )
-        if _is_whole(folder, distrust, cohort, inputs) and all_plans["configurations"].get(name) == entry:
+        whole = _is_whole(folder, distrust, cohort, inputs) and known.get("files", {}).items() <= _hashes(made).items()
+        if whole and all_plans["configurations"].get(name) == entry:
             return made
     if pseudo_cases:
         preprocess_unlabelled(folders, cohort, base_configuration, pseudo_cases, plans=plans, processes=processes)
@@ -118,7 +122,8 @@ def make_round_configuration(
         all_plans = read_plans(folders, plans)
         all_plans["configurations"][name] = entry
         write_plans(folders, all_plans, plans)
-    write_json(record, {"key": key, "labelled": [c.case_id for c in cohort.labelled], "pseudo": list(pseudo_cases)})
+    labelled = [c.case_id for c in cohort.labelled]
+    write_json(record, {"key": key, "labelled": labelled, "pseudo": list(pseudo_cases), "files": _hashes(made)})
     return made
 
 
@@ -163,6 +168,11 @@ def _is_whole(folder: Path, distrust: Path, cohort: Cohort, inputs: Mapping[str,
         and set(os.listdir(folder)) == wanted
         and set(os.listdir(distrust)) == wanted_distrust
     )
+
+
+def _hashes(made: RoundConfiguration) -> dict[str, str]:
+    """Hash what a round's data hold of their own; images and human labels are links to the preprocessed ones."""
+    return {f"{path.parent.name}/{path.name}": file_hash(path) for path in made.own_files}
 
 
 def _write_data(

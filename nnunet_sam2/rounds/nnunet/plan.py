@@ -84,6 +84,18 @@ def write_splits(folders: DatasetFolders, cohort: Cohort) -> list[dict[str, list
     return splits
 
 
+def require_splits(folders: DatasetFolders, folds: list[dict[str, list[str]]]) -> None:
+    """Raise `InputError` where ``splits_final.json`` holds other folds than a run began with; write lost ones anew."""
+    path = folders.preprocessed / SPLITS_FILE
+    if folds and not path.is_file():
+        write_json(path, folds)
+    elif folds and read_json(path) != folds:
+        raise InputError(
+            f"{path} holds other folds than this run began with, so that its validation would see cases that it was "
+            "trained on; put the old file back (or remove it: it is written anew), or give --branch NAME for a new run"
+        )
+
+
 def _plan_and_preprocess(
     folders: DatasetFolders,
     cohort: Cohort,
