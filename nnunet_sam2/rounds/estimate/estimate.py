@@ -22,8 +22,8 @@ from nnunet_sam2.rounds.estimate.stages import RunEstimator
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
 from nnunet_sam2.rounds.nnunet import PLANS, light_configuration
 from nnunet_sam2.rounds.nnunet.plan import MARKER_FILE, SPLITS_FILE
-from nnunet_sam2.rounds.options import RunOptions
-from nnunet_sam2.rounds.state import run_folder
+from nnunet_sam2.rounds.options import RunOptions, describe_difference
+from nnunet_sam2.rounds.state import run_folder, state_of_events
 from nnunet_sam2.storage import read_json
 
 BUSY = 1.25
@@ -89,6 +89,7 @@ def estimate_run(folders: DatasetFolders, options: RunOptions, *, again: bool = 
 
     cohort = Cohort.load(folders.raw).as_planned()
     refuse_unusable(folders, cohort, options)
+    _refuse_other_options(folders, options)
     validation = _validation(folders, cohort, options)
     held_out = {case.case_id for case in validation}
     supports = tuple(c for c in cohort.labelled if options.supports == "all" or c.case_id not in held_out)
@@ -153,6 +154,17 @@ def _estimator(
         planned=_is_planned(folders, options),
         done=_done(folders, options),
     )
+
+
+def _refuse_other_options(folders: DatasetFolders, options: RunOptions) -> None:
+    """Refuse what `run_loop` would: to continue a run with options that give another result."""
+    folder = run_folder(folders, options.run_name)
+    before = state_of_events(folder, read_events(folder / LEDGER_FILE)).options
+    if before and (known := RunOptions.from_json(before, where=folder).identity()) != options.identity():
+        raise InputError(
+            f"{folder} was started with other options ({describe_difference(known, options.identity())}); "
+            "give the old ones, or --branch NAME for a new run beside it"
+        )
 
 
 def _validation(folders: DatasetFolders, cohort: Cohort, options: RunOptions) -> tuple[Case, ...]:

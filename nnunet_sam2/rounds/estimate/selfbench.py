@@ -83,6 +83,7 @@ def measure(
         kept = None if again else _kept(path, identity)
         if kept is None:
             if not measured_now:
+                _refuse_unfit_weights(options)
                 say("measuring this machine, for about a minute; the result is kept")
             measured_now = True
             log = cache / f"{kind}.log"
@@ -97,6 +98,13 @@ def measure(
         busy=max(entry["busy"] for entry in found.values()),
         seconds=sum(entry["seconds"] for entry in found.values()),
     )
+
+
+def _refuse_unfit_weights(options: RunOptions) -> None:
+    """Load SAM 2 here once: where it cannot serve the strategy, that is refused as by the run itself."""
+    from nnunet_sam2.rounds.context import load_labeller
+
+    load_labeller(options, cache_dir=None)
 
 
 def cache_folder() -> Path:
