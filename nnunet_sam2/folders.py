@@ -55,7 +55,9 @@ def find_dataset(dataset: str | int) -> DatasetFolders:
     """Find a dataset in ``nnUNet_raw`` by its id or its name ``DatasetXXX_Name``."""
     raw, preprocessed, results = nnunet_roots()
     text = str(dataset)
-    pattern = f"Dataset{int(text):03d}_*" if text.isdigit() else text
+    if not re.fullmatch(r"[0-9]{1,3}|Dataset[0-9]{3}_[A-Za-z0-9_.-]+", text):
+        raise InputError(f"dataset {text!r} is neither an id, 1 to 999, nor a name such as Dataset501_Liver")
+    pattern = f"Dataset{int(text):03d}_*" if text.isdecimal() else text
     found = sorted(p.name for p in raw.glob(pattern) if p.is_dir()) if raw.is_dir() else []
     if not found:
         raise InputError(f"no dataset {text} in {raw}; make one with: nnunet_sam2 convert SOURCE -d ID -n NAME")

@@ -89,7 +89,7 @@ def parse_labels(text: str) -> tuple[dict[str, LabelValue], list[int] | None]:
     for part in text.split(","):
         name, separator, value = (piece.strip() for piece in part.rpartition("="))
         numbers = [number.strip() for number in value.split("+")]
-        if not separator or not name or not all(number.isdigit() for number in numbers):
+        if not separator or not name or not all(number.isdecimal() for number in numbers):
             raise InputError(f"--labels: {part.strip()!r} is not NAME=VALUE; example: --labels liver=1,spleen=2")
         if name in table:
             raise InputError(f"--labels names {name} twice")
@@ -108,7 +108,7 @@ def table_from_json(value: Any, where: str) -> tuple[dict[str, LabelValue], list
     table: dict[str, LabelValue] = {}
     try:
         for key, entry in value.items():
-            name, number = (entry, key) if isinstance(entry, str) and str(key).isdigit() else (key, entry)
+            name, number = (entry, key) if isinstance(entry, str) and str(key).isdecimal() else (key, entry)
             if name in table:
                 raise InputError(f"{where} names {name} twice")
             table[name] = [int(n) for n in number] if isinstance(number, (list, tuple)) else int(number)

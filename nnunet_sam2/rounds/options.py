@@ -59,7 +59,9 @@ class RunOptions:
     """Minutes without output and without computing after which a process of nnU-Net counts as hung."""
 
     def __post_init__(self) -> None:
-        if self.fold != "all" and not self.fold.isdigit():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.configuration):
+            raise InputError(f"-c {self.configuration}: the name of a configuration has letters, digits, '_', '-', '.'")
+        if self.fold != "all" and not re.fullmatch(r"[0-9]+", self.fold):
             raise InputError(f"-f {self.fold}: give a fold number or 'all'")
         if self.profile not in PROFILES:
             raise InputError(f"--profile {self.profile}: choose one of {', '.join(PROFILES)}")

@@ -30,7 +30,7 @@ def find(source: Path, *, channels: tuple[str, ...] | None, test: bool) -> Found
         raise InputError(f"{path} is not the dataset.json of a task")
     v2 = isinstance(value.get("channel_names"), dict)
     table_of_channels = value.get("channel_names") if v2 else value.get("modality")
-    if not isinstance(table_of_channels, dict) or not all(str(k).isdigit() for k in table_of_channels):
+    if not isinstance(table_of_channels, dict) or not all(str(k).isdecimal() for k in table_of_channels):
         raise InputError(f'{path} names no channels; it needs "modality": {{"0": "MRI"}}')
     found_channels = tuple(str(table_of_channels[key]) for key in sorted(table_of_channels, key=int))
     table, order = table_from_json(value, str(path))
@@ -74,7 +74,7 @@ def find(source: Path, *, channels: tuple[str, ...] | None, test: bool) -> Found
 def _channels_v2(files: dict[str, Path], count: int) -> dict[str, tuple[Path, ...]]:
     grouped: dict[str, dict[int, Path]] = {}
     for stem, path in files.items():
-        if len(stem) < 6 or stem[-5] != "_" or not stem[-4:].isdigit():
+        if len(stem) < 6 or stem[-5] != "_" or not stem[-4:].isdecimal():
             raise InputError(f"{path} has no channel suffix; name it {stem}_0000")
         grouped.setdefault(stem[:-5], {})[int(stem[-4:])] = path
     for case_id, channels in grouped.items():
