@@ -82,6 +82,12 @@ def test_an_entry_that_does_not_name_a_file_within_is_refused(
     _refused(make(tmp_path / name, {"good.txt": b"1", NAMES[fault]: b"2"}), tmp_path, "not name a file|an archive it")
 
 
+def test_a_zero_byte_does_not_hide_the_rest_of_a_name(tmp_path: Path) -> None:
+    archive = _zip(tmp_path / "x.zip", {"image_.exe": b"1"})
+    archive.write_bytes(archive.read_bytes().replace(b"image_.exe", b"image\0.exe"))
+    _refused(archive, tmp_path, "does not name a file")
+
+
 @pytest.mark.parametrize(
     "kind",
     [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE],

@@ -98,6 +98,16 @@ def test_a_class_wins_only_above_a_half_where_no_background_is_given() -> None:
     assert (fuse([Member(name="a", prob_kzyx=prob)], (3, 7)).label_zyx == 7).all()
 
 
+@pytest.mark.parametrize(("background", "wins"), [(0.4, 0), (0.2, 3)])
+def test_an_exact_tie_goes_to_the_background_and_then_to_the_lower_value(background: float, wins: int) -> None:
+    prob = np.full((2, *SHAPE), 0.4, np.float32)
+    members = [
+        Member(name=f"m{i}", prob_kzyx=prob, background_zyx=np.full(SHAPE, background, np.float32)) for i in range(2)
+    ]
+    for order in (members, members[::-1]):
+        assert (fuse(order, (3, 7)).label_zyx == wins).all()
+
+
 def test_a_background_of_its_own_is_used_and_may_be_mixed_with_members_without() -> None:
     prob = np.full((1, *SHAPE), 0.4, np.float32)
     given = Member(name="a", prob_kzyx=prob, background_zyx=np.full(SHAPE, 0.3, np.float32))
