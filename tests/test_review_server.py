@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.review.app import MOST_BYTES
-from nnunet_sam2.rounds.decisions import DecisionFile, accepted_path, decisions_path, read_decisions, standing
+from nnunet_sam2.rounds.decisions import Decision, DecisionFile, accepted_path, decisions_path, read_decisions, standing
 from nnunet_sam2.rounds.ledger import Ledger
 from nnunet_sam2.storage import file_hash
 
@@ -216,8 +219,32 @@ def test_the_command_prints_the_address_and_ends_with_an_interrupt(run: Run) -> 
         try:
             assert found, line
             assert Client(found[0], run[1]).decide("subject_004", "take out")[0] == 200
-        finally:
             process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=10)
+            _, errors = process.communicate(timeout=10)
+        finally:
+            process.kill()
     assert process.returncode == 0, errors
     assert _lines(run[1]) == 1
+
+
+def test_a_review_that_is_killed_has_every_decision_that_it_answered_and_goes_on(run: Run) -> None:
+    argv = [sys.executable, "-m", "nnunet_sam2.cli.main", "review", "-d", "501", "--no-browser", "--pictures", "0"]
+    answered = 0
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            found = re.search(r"http://127\.0\.0\.1:\d+/\S+/", process.stdout.readline())
+            assert found
+            client = Client(found[0], run[1])
+            label = client.state()["cases"]["subject_003"]["label"]
+            threading.Timer(0.3, process.kill).start()
+            with suppress(OSError, http.client.HTTPException):
+                while client.decide("subject_003", ("accept", "reject")[answered % 2], 1, label=label)[0] == 200:
+                    answered += 1
+        finally:
+            process.kill()
+    assert answered > 0
+    assert answered <= _lines(run[1]) <= answered + 1
+    with DecisionFile(run[1]) as decisions:
+        decisions.append(Decision.TAKE_OUT, case_id="subject_003")
+    assert standing(read_decisions(decisions_path(run[1])))["subject_003"].taken_out
