@@ -54,7 +54,7 @@ class Straight:
         self.root, self.seconds = root, ended - began
         self.labels, self.raw = label_hashes(root), human_hashes(root)
         events = read_events(run_folder(root) / LEDGER_FILE)
-        self.stages = [e["stage"] for e in events if e["event"] == "done"]
+        self.stages = {e["stage"]: float(e["seconds"]) for e in events if e["event"] == "done"}
         self.start_up = max(0.0, events[0]["time"] - began)
         """Seconds before the first entry of the ledger."""
 
@@ -86,7 +86,7 @@ def test_a_loop_killed_thirty_times_at_random_ends_with_the_same_bytes(
         while kills < KILLS:
             process = start_command(root, *RUN)
             try:
-                process.wait(rng.uniform(0.0, straight.start_up + straight.seconds / 10))
+                _wait_at_random(process, root, straight, rng)
             except subprocess.TimeoutExpired:
                 process.kill()
                 kills += 1
@@ -175,10 +175,32 @@ def test_sixty_four_kilobytes_of_shared_memory_are_enough_on_the_cpu(
     record_property("figures", "/dev/shm of 64 kB")
 
 
+def _wait_at_random(process: subprocess.Popen[str], root: Path, straight: Straight, rng: random.Random) -> None:
+    """Let up to two stages end, then wait for a random part of the next; raise `TimeoutExpired` while there is work.
+
+    By the clock alone, a stage that starts anew after a kill might never come to its end.
+    """
+    more, known = rng.randrange(3), len(_stages(root, "done"))
+    while process.poll() is None and len(_stages(root, "done")) < known + more:
+        time.sleep(0.05)
+    done = _stages(root, "done")
+    following = next((seconds for stage, seconds in straight.stages.items() if stage not in done), 0.0)
+    process.wait(rng.uniform(0.0, following + (straight.start_up if more == 0 else 0.0)))
+
+
 def _stage_at_work(root: Path) -> str:
-    found = [*(root / "nnUNet_results").glob(f"*/nnunet_sam2/3d_fullres_fold0/{LEDGER_FILE}")]
-    started = [e["stage"] for path in found for e in read_events(path) if e["event"] == "started"]
-    return started[-1] if started else "start"
+    return next(reversed(_stages(root, "started")), "start")
+
+
+def _stages(root: Path, event: str) -> dict[str, None]:
+    """Name the stages that have an event of this kind, the one with the latest last."""
+    found: dict[str, None] = {}
+    for path in (root / "nnUNet_results").glob(f"*/nnunet_sam2/3d_fullres_fold0/{LEDGER_FILE}"):
+        for entry in read_events(path):
+            if entry["event"] == event:
+                found.pop(entry["stage"], None)
+                found[entry["stage"]] = None
+    return found
 
 
 def _children(pid: int) -> list[psutil.Process]:
