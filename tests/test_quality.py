@@ -136,6 +136,20 @@ def test_with_fewer_than_two_labelled_cases_estimates_say_that_they_are_not_cali
     assert (good[1].dice or 0) > (good[2].dice or 0) + 0.2
 
 
+def test_without_a_calibration_shape_counts_by_what_it_is_in_the_labelled_cases_own_labels() -> None:
+    thick = {"smoothness": 0.95, "core": 0.7}
+    thin = {"smoothness": 0.8, "core": 0.2}
+    both = {1: _features(0.8, typical=thick, **thick), 2: _features(0.8, typical=thin, **thin)}
+    found = _calibration([]).estimate(both)
+    assert found[1].dice == pytest.approx(found[2].dice)
+    frayed = _calibration([]).estimate({**both, 2: _features(0.8, typical=thin, smoothness=0.7, core=0.1)})
+    assert (frayed[2].dice or 0) < (frayed[1].dice or 0) - 0.02
+    # With labelled cases the class has a level of its own, learnt from them: what is typical changes nothing more.
+    calibration = _calibration(_pairs(4, np.random.default_rng(2)))
+    told, untold = ({2: _features(0.8, typical=typical, **thin)} for typical in (thin, {}))
+    assert calibration.estimate(told) == calibration.estimate(untold)
+
+
 def test_a_class_that_was_not_found_is_missed_where_all_labelled_cases_show_it_and_unknown_elsewhere() -> None:
     calibration = _calibration(_pairs(4, np.random.default_rng(3)))
     found = calibration.estimate({1: Features(voxels=0, shown_in=1.0), 2: Features(voxels=0, shown_in=0.75)})

@@ -219,6 +219,8 @@ def test_a_folder_of_labels_is_measured_like_labels_that_are_being_made(
     found, expected = read_folder(tmp_path / "seen", [record["case"]])[record["case"]], read_features(record)
     for value in cohort.class_values:
         assert found[value].reverse == expected[value].reverse
+        assert found[value].typical == expected[value].typical
+        assert set(found[value].typical) == {"smoothness", "core"}
         for name, share in expected[value].columns.items():
             # Probabilities lie in the folder in steps of 1/255; how the supports voted does not lie there.
             told = None if share is None or name == "supports" else pytest.approx(share, abs=0.02)

@@ -35,6 +35,9 @@ _PRIOR_SHARES = {"sam_iou": 0.25, "reverse_least": 0.25, "reverse_best": 0.25, "
 """Shares of the prior slope, 1 where not named. On real images SAM's own IoU said least. Reverse propagation and second
 opinions find failures, but the better the labels, the more they tell the labelled cases apart and not the labels."""
 
+_TYPICAL = {"smoothness": 1.7, "core": 1.4}
+"""Logits that a label's shape counts with where it is like that of the labelled cases' own labels."""
+
 _PRIOR_INTERCEPT = 0.2
 """How far, in logits, the Dice lies above its features, whose cells are coarser than voxels; seen on real images."""
 
@@ -98,7 +101,7 @@ class Calibration:
     def estimate(self, features: CaseFeatures) -> dict[int, Estimate]:
         """Estimate every class of one pseudo-label."""
         found: dict[int, Estimate] = {}
-        table = columns_of(features)
+        table = columns_of(features, relative=not self.calibrated)
         for value, seen in features.items():
             if not seen.voxels:
                 # Every labelled case shows the class, so it was missed; or nobody can tell from an empty label.
@@ -132,7 +135,7 @@ class Calibration:
 
     def shift(self, features: CaseFeatures) -> dict[int, float]:
         """Return the slopes' part of the prediction for each class that was found, in logits: no level, only order."""
-        table = columns_of(features)
+        table = columns_of(features, relative=not self.calibrated)
         return {v: self._model.slopes_part(table[v]) for v, seen in features.items() if seen.voxels}
 
     @cached_property
@@ -175,9 +178,13 @@ def bound_rank(cases: int, coverage: float) -> int:
     return max(1, math.floor((1.0 - coverage) * (cases + 1) + 1e-9))
 
 
-def columns_of(features: CaseFeatures) -> dict[int, dict[str, float | None]]:
-    """Return each found class's columns in logits, with a part of the mean over the case's found classes."""
-    own = {value: _logits(seen) for value, seen in features.items() if seen.voxels}
+def columns_of(features: CaseFeatures, *, relative: bool = False) -> dict[int, dict[str, float | None]]:
+    """Return each found class's columns in logits, with a part of the mean over the case's found classes.
+
+    ``relative``: shape is held against that of the labelled cases' own labels, for where no level of the class is
+    calibrated that would say how much of a thin structure is core.
+    """
+    own = {value: _logits(seen, relative=relative) for value, seen in features.items() if seen.voxels}
     table: dict[int, dict[str, float | None]] = {value: {} for value in own}
     for name in COLUMNS:
         known = [columns[name] for columns in own.values() if columns[name] is not None]
@@ -251,8 +258,12 @@ def _filled(columns: Mapping[str, float | None], used: Sequence[str]) -> list[fl
     return [mean if (x := columns[name]) is None else x for name in used]
 
 
-def _logits(seen: Features) -> dict[str, float | None]:
-    return {name: None if x is None else _logit(x) for name, x in seen.columns.items()}
+def _logits(seen: Features, *, relative: bool) -> dict[str, float | None]:
+    found = {name: None if x is None else _logit(x) for name, x in seen.columns.items()}
+    for name, typical in seen.typical.items() if relative else ():
+        x = found[name]
+        found[name] = None if x is None else x - _logit(typical) + _TYPICAL[name]
+    return found
 
 
 def _logit(share: float) -> float:

@@ -44,6 +44,8 @@ class Features:
     """Share of the label's voxels whose neighbours all are of the label: what is frayed has little of it."""
     supports: float | None = None
     """Mean Dice of what two supports would have made of the class by their own votes, where a strategy counts them."""
+    typical: Mapping[str, float] = field(default_factory=dict)
+    """``smoothness`` and ``core`` of the labelled cases' own labels, on average: what they are in this class."""
     members: float | None = None
     """Mean Dice of the members with what they were fused to, where there are several."""
     sam_iou: float | None = None
@@ -70,7 +72,8 @@ class Features:
 
     def to_json(self) -> dict[str, Any]:
         """Return the features as a JSON value."""
-        return {**asdict(self), "reverse": dict(self.reverse), "agreement": dict(self.agreement)}
+        maps = {"reverse": dict(self.reverse), "agreement": dict(self.agreement), "typical": dict(self.typical)}
+        return {**asdict(self), **maps}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Features:
@@ -89,14 +92,20 @@ def confidence_features(label_zyx: np.ndarray, prob_czyx: np.ndarray, channel: i
     prob_zyx = prob_czyx[channel]
     sure = int(np.count_nonzero(mask_zyx & (prob_zyx > _SURE)))
     total = int(np.count_nonzero(mask_zyx)) + int(np.count_nonzero(prob_zyx > _POSSIBLE))
-    core_zyx = binary_erosion(mask_zyx[crop], border_value=1)
+    core_zyx = _core(mask_zyx[crop])
     return {
         "inside": float(prob_zyx[mask_zyx].mean(dtype=np.float64)),
         "rim": _rim(mask_zyx[crop], core_zyx, prob_zyx[crop]),
-        "core": int(np.count_nonzero(core_zyx)) / int(np.count_nonzero(mask_zyx)),
         "stability": 2.0 * sure / total,
-        "smoothness": _smoothness(mask_zyx[crop]),
+        **shape_features(mask_zyx),
     }
+
+
+def shape_features(mask_zyx: np.ndarray) -> dict[str, float]:
+    """Compute what the shape of a class says by itself; the mask must not be empty."""
+    mask_zyx = mask_zyx[_around(mask_zyx)]
+    core = int(np.count_nonzero(_core(mask_zyx))) / int(np.count_nonzero(mask_zyx))
+    return {"smoothness": _smoothness(mask_zyx), "core": core}
 
 
 def member_features(pseudo: PseudoLabel, class_values: Sequence[int]) -> dict[int, dict[str, float | None]]:
@@ -145,6 +154,10 @@ def _around(mask_zyx: np.ndarray) -> tuple[slice, ...]:
     """Return the box around a mask with a margin that blurring and dilation need."""
     extent = [np.flatnonzero(mask_zyx.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
     return tuple(slice(max(0, int(e[0]) - _MARGIN), int(e[-1]) + 1 + _MARGIN) for e in extent)
+
+
+def _core(mask_zyx: np.ndarray) -> np.ndarray:
+    return np.asarray(binary_erosion(mask_zyx, border_value=1))
 
 
 def _rim(mask_zyx: np.ndarray, core_zyx: np.ndarray, prob_zyx: np.ndarray) -> float:

@@ -9,7 +9,13 @@ import numpy as np
 
 from nnunet_sam2.labelling.member import PseudoLabel
 from nnunet_sam2.labelling.quality.cells import CellDice, LabelledCells, likeness, relabel
-from nnunet_sam2.labelling.quality.features import CaseFeatures, Features, confidence_features, member_features
+from nnunet_sam2.labelling.quality.features import (
+    CaseFeatures,
+    Features,
+    confidence_features,
+    member_features,
+    shape_features,
+)
 from nnunet_sam2.labelling.quality.options import QualityOptions
 from nnunet_sam2.support.cases import Query, Support
 
@@ -30,6 +36,7 @@ class QualityProbe:
         self._values = tuple(class_values)
         self._options = options or QualityOptions()
         self._known: dict[int, LabelledCells] = {}
+        self._shapes: dict[int, tuple[Support, dict[int, dict[str, float]]]] = {}
 
     def measure(self, query: Query, pseudo: PseudoLabel, supports: Sequence[Support]) -> CaseFeatures:
         """Return the features of every class; ``supports`` are the labelled cases without the query itself."""
@@ -57,7 +64,7 @@ class QualityProbe:
                     **of_members[value],
                 }
                 more = {key: None if x is None else round(x, _DECIMALS) for key, x in seen.items()}
-                more |= {"reverse": reverse[k], "agreement": agreement[k]}
+                more |= {"reverse": reverse[k], "agreement": agreement[k], "typical": self._typical(value, supports)}
             features[value] = Features(voxels=voxels, shown_in=_share_with(value, supports), **more)
         return features
 
@@ -75,6 +82,19 @@ class QualityProbe:
         if found is None:
             found = self._known[id(support)] = LabelledCells(support, self._values)
         return found
+
+    def _typical(self, value: int, supports: Sequence[Support]) -> dict[str, float]:
+        """Return the mean shape features of a class in the labelled cases that show it; empty where none does."""
+        known = [shapes[value] for support in supports if value in (shapes := self._shapes_of(support))]
+        return {name: round(float(np.mean([one[name] for one in known])), _DECIMALS) for name in (known or [{}])[0]}
+
+    def _shapes_of(self, support: Support) -> dict[int, dict[str, float]]:
+        # As in `_cells`, the entry holds the support.
+        if id(support) not in self._shapes:
+            masks = {value: support.label_zyx == value for value in self._values}
+            found = {value: shape_features(mask_zyx) for value, mask_zyx in masks.items() if mask_zyx.any()}
+            self._shapes[id(support)] = support, found
+        return self._shapes[id(support)][1]
 
     def _compare(self, source: LabelledCells, target: LabelledCells) -> CellDice:
         """Label slices of ``target`` from ``source`` and compare them with the target's own label."""
