@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nnunet_sam2.errors import InputError
+from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import track
 from nnunet_sam2.rounds.nnunet.base import (
@@ -80,7 +80,7 @@ def train(
     started = time.monotonic()
     once_more(attempt, lambda cause: training_remedy(cause, on_gpu=not on_cpu), note=note)
     if not _is_whole_checkpoint(folder / FINAL):
-        raise InputError(f"{folder / FINAL} is missing or broken after training; is checkpointing disabled? Log: {log}")
+        raise StageError(f"{folder / FINAL} is missing or broken after training; is checkpointing disabled? Log: {log}")
     (folder / LATEST).unlink(missing_ok=True)
     return Trained(checkpoint=folder / FINAL, summary=_summary(folder), seconds=time.monotonic() - started)
 
