@@ -102,7 +102,8 @@ def _answer(account: RunAccount, level: Level, findings: list[Finding]) -> str:
         kept = "labelled-only" if best.number == 0 else f"the final model ({best.configuration})" if best.final else ""
         parts.append(f"The best model is {kept or f'that of round {best.number}'}")
         if best.number == 0:
-            parts[-1] += ": pseudo-labels brought no gain on human labels."
+            tried = any(r.number > 0 and r.finished for r in account.rounds)
+            parts[-1] += ": pseudo-labels brought no gain on human labels." if tried else "."
         elif gain is not None and account.baseline is not None and best.validation_dice is not None:
             word = "gains" if gain >= 0 else "loses"
             parts[-1] += (

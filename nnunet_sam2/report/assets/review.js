@@ -80,7 +80,8 @@ function drawWord() {
   const drawn = new Set(w.drawn);
   const worth = isOpen(w) ? `Worth a look: ${figure(w.worth)}. ` : "";
   byId("word-why").textContent = w.taken_out ? "Taken out: no round uses this case." : isOpen(w) ? `${worth}${w.why.join("; ")}.` : "Decided.";
-  byId("word-classes").replaceChildren(...order.map((one) => {
+  // In their own order, so that no button moves under the pointer.
+  byId("word-classes").replaceChildren(...CLASSES.map((one) => {
     const row = make("li", { className: one.value === word.marked ? "marked" : "" });
     row.dataset.value = one.value;
     const say = w.accepted.includes(one.value) ? "accept" : w.rejected.includes(one.value) ? "reject" : "";
@@ -135,7 +136,7 @@ function goOn(c) {
 function mark(by) {
   const c = viewer.index === null ? null : DATA.cases[viewer.index];
   if (!c || !wordOf(c)) return;
-  const order = classesByWorth(wordOf(c)).map((one) => one.value);
+  const order = CLASSES.map((one) => one.value);
   word.marked = order[(order.indexOf(word.marked) + by + order.length) % order.length];
   drawWord();
 }

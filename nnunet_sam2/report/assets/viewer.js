@@ -163,7 +163,7 @@ function drawCase() {
 function drawStage() {
   const { pictures, slice } = viewer;
   if (!pictures || viewer.mode !== "slices") return;
-  const [width, height] = sizeWithin(pictures, byId("stage").clientWidth, Math.max(240, Math.min(innerHeight * 0.58, 640)));
+  const [width, height] = sizeWithin(pictures, byId("stage").clientWidth, Math.max(240, Math.min(innerHeight * (REVIEW ? 0.47 : 0.58), 640)));
   const ratio = Math.min(2, devicePixelRatio || 1);
   const canvas = byId("slice");
   drawSlice(canvas, pictures, slice, { ...viewer, width: Math.round(width * ratio), height: Math.round(height * ratio), line: ratio });
