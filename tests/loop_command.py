@@ -20,7 +20,7 @@ RUN = [
     # an untrained SAM 2 and four steps of training: labels do what they like
     "--volume-drift", "1e9", "--empty-rise", "1", "--oscillation", "0",
 ]  # fmt: skip
-LONGEST_S = 600.0
+LONGEST_S = 1800.0
 COMMAND = [sys.executable, "-m", "nnunet_sam2.cli.main"]
 
 
