@@ -15,6 +15,7 @@ from nnunet_sam2.cli.main import main
 from nnunet_sam2.cli.predict import find_cases
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.file_checks import VOLUME_ENDINGS
+from nnunet_sam2.folders import VARIABLES
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.volumes import read_stored, read_volume, write_image, write_label
 
@@ -175,3 +176,15 @@ def test_a_file_whose_name_cannot_be_a_case_is_refused_by_convert_and_predict(
     assert "cannot be a case id" in capsys.readouterr().err
     with pytest.raises(InputError, match="cannot be a case id"):
         find_cases(source / "images", VOLUME_ENDINGS, files_a_case=1)
+
+
+def test_folders_of_nnunet_may_hold_spaces_but_not_be_relative(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in VARIABLES:
+        monkeypatch.setenv(name, str(tmp_path / "my data" / name))
+    assert main(["convert", str(source), "-d", "7", "-n", "T"]) == 0
+    assert (tmp_path / "my data" / "nnUNet_raw" / "Dataset007_T" / "cohort.json").is_file()
+    monkeypatch.setenv("nnUNet_raw", "my data")
+    assert main(["convert", str(source), "-d", "8", "-n", "T"]) == 2
+    assert "nnUNet_raw=my data is a relative path; set it to an absolute one" in capsys.readouterr().err
