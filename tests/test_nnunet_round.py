@@ -103,6 +103,14 @@ def test_the_plans_carry_the_rounds_settings_and_keep_the_others(planned: Datase
     assert set(entry["architecture"]["arch_kwargs"]["features_per_stage"]) == {8}
 
 
+def test_a_case_that_a_person_labelled_later_is_in_the_round_and_no_pseudo_case(planned: Dataset) -> None:
+    later, machine = planned.unlabelled
+    made = small_round(planned, "3d_fullres_r01", human_cases=(later,))
+    assert (made.data_folder / f"{later}_seg.b2nd").is_file()
+    settings = RoundSettings.from_json(read_plans(planned.folders)["configurations"]["3d_fullres_r01"][SETTINGS_KEY])
+    assert (settings.human_cases, settings.pseudo_cases) == ((later,), (machine,))
+
+
 def test_a_round_on_human_labels_alone_has_no_pseudo_cases(planned: Dataset) -> None:
     made = small_round(planned, "3d_fullres_r00", pseudo_cases=(), labels=None, confidence=None)
     names = {name.split(".")[0].removesuffix("_seg") for name in os.listdir(made.data_folder)}

@@ -70,3 +70,9 @@ def test_an_unknown_setting_is_refused_but_provenance_is_free() -> None:
 def test_a_wrong_value_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(InputError, match=name):
         RoundSettings.from_json({name: value})
+
+
+def test_settings_without_later_human_labels_are_written_as_before_there_were_any() -> None:
+    assert "human_cases" not in RoundSettings().to_json()
+    settings = RoundSettings(human_cases=("case_a",), pseudo_cases=("case_b",))
+    assert RoundSettings.from_json(settings.to_json()) == settings
