@@ -77,7 +77,7 @@ def bench(seed: int, work: Path, options: RunOptions) -> dict[str, Any]:
         "usable_cores": usable_cores(),
         "set": {"name": SMALL.name, "seed": seed, "labelled": SMALL.n_labelled, "unlabelled": SMALL.n_unlabelled},
         "options": options.to_json(),
-        "estimate": estimate,
+        "estimate": {key: value for key, value in estimate.items() if key != "run"},
         "stages": stages,
         "wall_seconds": round(time.time() - started, 1),
         "load_before_estimate": estimate["load"],
