@@ -18,6 +18,7 @@ from nnunet_sam2.report.gather import gather
 from nnunet_sam2.report.pictures import unpack
 from nnunet_sam2.report.run_files import RunFiles
 from nnunet_sam2.report.write import REPORT_FILE, pictures_of, try_to_report, write_report
+from nnunet_sam2.rounds.holds import CaseHold, holds_to_json
 from nnunet_sam2.rounds.ledger import Ledger
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import run_folder
@@ -122,6 +123,21 @@ def test_a_report_that_fails_says_so_in_one_line_and_stops_nothing(
     assert len(said) == 1
     assert "round.json" in said[0]
     assert not (folder / REPORT_FILE).exists()
+
+
+def test_the_report_tells_peoples_word_apart_from_estimates(run: tuple[DatasetFolders, Path]) -> None:
+    folders, folder = run
+    first, second = (case.case_id for case in Cohort.load(folders.raw).unlabelled)
+    holds = {first: CaseHold(accepted={1: "ab"}, rejected=(2,)), second: CaseHold(taken_out=True)}
+    told = [{"time": 0, "decision": "accept", "case": first, "classes": [1]}]
+    Ledger(folder).append("review", round=3, holds=holds_to_json(holds), decisions=told, lines=1)
+    account = gather(RunFiles.open(folders, folder))
+    used, left_out = account.unlabelled
+    assert (used.word, left_out.word) == ("accepted: large_organ; rejected: small_organ", "")
+    assert not any(q.distrusted for q in used.classes)
+    (note,) = [note for note in account.provenance.notes if "people's word" in note]
+    assert note.endswith(f"from round 3 on people's word on 2 cases holds: accept {first} large_organ")
+    assert "accepted: large_organ; rejected: small_organ" in write_report(folders, folder).read_text(encoding="utf-8")
 
 
 def test_a_run_that_has_only_begun_has_a_report(fresh_dataset: DatasetFolders) -> None:
