@@ -81,7 +81,7 @@ def cut(bench: BenchSet, seed: int, folder: Path) -> tuple[Path, Path]:
     names = sorted(path.name for path in (source / "images").glob(bench.volumes))
     patients = sorted({re.split(r"_(?:ed|es|ED|ES|frame)", name.split(".")[0])[0] for name in names})
     if len(patients) != len(names):
-        raise SystemExit(f"{bench.name}: {bench.volumes} matches several volumes of a patient; this cut draws one of each")
+        raise SystemExit(f"{bench.name}: {bench.volumes} matches several volumes of a patient; a cut draws one of each")
     if len(names) < bench.n_labelled + bench.n_unlabelled + bench.n_test:
         raise SystemExit(f"{bench.name}: {len(names)} volumes match {bench.volumes}, fewer than the cut asks for")
     order = np.random.default_rng(seed).permutation(len(names))

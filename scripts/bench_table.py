@@ -55,7 +55,13 @@ def _table(name: str, result: dict[str, Any]) -> str:
             if "labelled_only_longer" in result
             else []
         ),
-        _row(f"SAM 2 labels (`{result['labeller']['strategy']}`)", "unlabelled", result["sam2"], classes, result["sam2_labels_seconds"]),
+        _row(
+            f"SAM 2 labels (`{result['labeller']['strategy']}`)",
+            "unlabelled",
+            result["sam2"],
+            classes,
+            result["sam2_labels_seconds"],
+        ),
     ]
     for entry in result["rounds"]:
         lines.append(_row(f"round {entry['round']}: labels", "unlabelled", entry["labels"], classes))
