@@ -153,6 +153,7 @@ def _cases(files: RunFiles, records: Mapping[str, Json]) -> Iterator[CaseAccount
         measured = {**(record.get("dice_with_human_label") or {}), **student.get(name, {})}
         estimates = newest.get("estimates", {}).get(name, {})
         quality = record.get("quality") or {}
+        rejected = files.holds[name].rejected if name in files.holds else ()
         classes = []
         for value in files.cohort.class_values:
             key = str(value)
@@ -168,7 +169,7 @@ def _cases(files: RunFiles, records: Mapping[str, Json]) -> Iterator[CaseAccount
                     change=changes.get(name, {}).get(key),
                     voxels=voxels.get(key, 0),
                     expected=((quality.get("features") or {}).get(key) or {}).get("shown_in") == 1.0,
-                    distrusted=value in newest.get("distrusted", {}).get(name, []),
+                    distrusted=value in newest.get("distrusted", {}).get(name, []) and value not in rejected,
                 )
             )
         yield CaseAccount(

@@ -196,7 +196,7 @@ def _round_text(folder: Path, path: Path, fused: Json, names: Mapping[str, str])
         )
         if value in fused["estimates"]:
             expected = fused["estimates"][value]
-            distrusted = ", too low to be learnt from" if int(value) in fused["distrusted"] else ""
+            distrusted = ", not learnt from" if int(value) in fused["distrusted"] else ""
             lines.append(f"    estimated Dice of what they were fused to: {_number(expected)}{distrusted}")
     if fused["left_out"]:
         lines.append(f"  left out: not trained on, because {fused['left_out']}")
