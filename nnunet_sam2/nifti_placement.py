@@ -88,7 +88,7 @@ def _chosen_form(
     sform = forms["sform"]
     sizes = np.array([v if v > 0 else 1.0 for v in np.asarray(header["pixdim"][1:4], dtype=float)])
     other = forms.get("qform", sform * np.array([*(sizes / np.linalg.norm(sform[:3, :3], axis=0)), 1.0]))
-    difference = _corner_distance(sform, other, lengths)
+    difference = _corner_distance(sform, other, lengths) * _unit(header)
     if difference <= FORM_TOLERANCE_MM and np.allclose(
         np.linalg.norm(sform[:3, :3], axis=0), sizes, rtol=_SIZE_TOLERANCE, atol=0
     ):
