@@ -9,6 +9,6 @@ fi
 results="$(mktemp --suffix=.xml)"
 trap 'rm -f "$results"' EXIT
 status=0
-python -m pytest -m long --junitxml="$results" || status=$?
+python -m pytest -m long -o junit_family=xunit1 --junitxml="$results" || status=$?
 python scripts/long_result.py "$results"
 exit "$status"

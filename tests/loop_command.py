@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
@@ -88,8 +89,19 @@ def human_hashes(root: Path) -> dict[str, str]:
 
 def was_started(root: Path, stage: str, process: int) -> bool:
     """Say whether a process has begun a stage."""
-    for path in (root / "nnUNet_results").glob(f"*/nnunet_sam2/3d_fullres_fold0/{LEDGER_FILE}"):
-        for event in read_events(path):
-            if event["event"] == "started" and event["stage"] == stage and event.get("process") == process:
-                return True
+    return any(e["event"] == "started" and e["stage"] == stage and e["process"] == process for e in _events(root))
+
+
+def was_done(root: Path, stage: str, process: int) -> bool:
+    """Say whether a process that has begun a stage is through with it."""
+    begun = False
+    for event in _events(root):
+        begun = begun or (event["event"] == "started" and event["stage"] == stage and event["process"] == process)
+        if begun and event["event"] == "done" and event["stage"] == stage:
+            return True
     return False
+
+
+def _events(root: Path) -> list[dict[str, Any]]:
+    paths = (root / "nnUNet_results").glob(f"*/nnunet_sam2/3d_fullres_fold0/{LEDGER_FILE}")
+    return [event for path in paths for event in read_events(path)]

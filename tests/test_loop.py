@@ -12,7 +12,18 @@ from pathlib import Path
 
 import psutil
 import pytest
-from loop_command import LONGEST_S, RUN, command, copy_of, human_hashes, label_hashes, run_folder, start, was_started
+from loop_command import (
+    LONGEST_S,
+    RUN,
+    command,
+    copy_of,
+    human_hashes,
+    label_hashes,
+    run_folder,
+    start,
+    was_done,
+    was_started,
+)
 
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.folders import DatasetFolders
@@ -150,7 +161,9 @@ def _end_in(root: Path, stage: str, number: signal.Signals, *, after_s: float) -
         deadline = time.monotonic() + LONGEST_S
         while time.monotonic() < deadline and process.poll() is None and not was_started(root, stage, process.pid):
             time.sleep(0.05)
-        time.sleep(min(after_s, 20.0))
+        until = time.monotonic() + after_s
+        while time.monotonic() < until and process.poll() is None and not was_done(root, stage, process.pid):
+            time.sleep(0.05)
         if process.poll() is not None:
             return False
         if number != signal.SIGKILL:
