@@ -130,7 +130,7 @@ class Case:
             geometry=Geometry.from_json(value["geometry"]),
             voxel_hash=str(value["voxel_hash"]),
             added=Addition.from_json(value["added"]) if value.get("added") else None,
-            placed_hash=value.get("placed_hash"),
+            placed_hash=str(value["placed_hash"]) if value.get("placed_hash") else None,
             file_hashes={within_root(name): str(sha) for name, sha in value.get("file_hashes", {}).items()},
             repairs=dict(value.get("repairs", {})),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -99,9 +100,11 @@ def _convert(strategy: str, key: str, value: Any, kind: Any) -> Any:
                 continue
         if candidate in (int, float):
             try:
-                return candidate(text)
+                number = candidate(text)
             except ValueError:
                 continue
+            if math.isfinite(number):  # records of runs are JSON, which knows no other
+                return number
         if candidate is str:
             return text
     names = " or ".join(getattr(c, "__name__", str(c)) for c in accepted if c is not type(None))
