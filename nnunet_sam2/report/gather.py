@@ -47,7 +47,7 @@ def gather(files: RunFiles) -> RunAccount:
     return RunAccount(
         dataset=files.folders.name,
         run=files.folder.name,
-        folder=str(files.folder),
+        folder=f"$nnUNet_results/{files.folder.relative_to(files.folders.results.parent)}",
         class_names={int(value): name for value, name in class_names(cohort).items()},
         rounds=tuple(_rounds(files)),
         cases=tuple(_cases(files, records)),

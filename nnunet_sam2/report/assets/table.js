@@ -86,7 +86,9 @@ function makeRow({ c, index, q }) {
   const thumb = make("canvas", { className: "thumb", width: THUMB, height: THUMB });
   thumb.dataset.thumb = index;
   thumb.setAttribute("aria-hidden", "true");
-  const name = make("button", { type: "button", className: "open", textContent: c.id });
+  // Where it must, an id breaks behind an underscore or hyphen, not inside a number.
+  const parts = c.id.split(/(?<=[_-])/);
+  const name = make("button", { type: "button", className: "open" }, ...parts.flatMap((part) => [part, make("wbr", {})]));
   const dice = q ? known(q) : null;
   row.append(
     make("td", { className: "c-thumb" }, thumb),
