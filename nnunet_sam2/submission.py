@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
-from nnunet_sam2.archives import is_archive, only_folder, unpack
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.files.archives import is_archive, only_folder, unpack
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.progress import track
 from nnunet_sam2.volumes import read_label, read_stored

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_sam2.errors import InputError, StageError
-from nnunet_sam2.file_checks import LOSSY_ENDINGS, PICTURE_ENDINGS, check_content, file_ending
+from nnunet_sam2.files.checks import LOSSY_ENDINGS, PICTURE_ENDINGS, check_content, file_ending
+from nnunet_sam2.files.nifti import mend_nonfinite, read_values
+from nnunet_sam2.files.pictures import read_picture, write_picture
+from nnunet_sam2.files.repairs import ERROR, STRICT, ReadPolicy, Repairs
 from nnunet_sam2.geometry import Geometry
-from nnunet_sam2.nifti import mend_nonfinite, read_values
-from nnunet_sam2.pictures import read_picture, write_picture
-from nnunet_sam2.repairs import ERROR, STRICT, ReadPolicy, Repairs
 from nnunet_sam2.storage import atomic_path
 
 LABEL_TOLERANCE = 1e-3

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nnunet_sam2.archives import Limits, only_folder, unpack
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.errors import InputError, StageError
+from nnunet_sam2.files.archives import Limits, only_folder, unpack
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.storage import file_hash
 from nnunet_sam2.volumes import write_image, write_label
@@ -167,7 +167,7 @@ def test_an_encrypted_zip_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import nnunet_sam2.archives as archives
+    import nnunet_sam2.files.archives as archives
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -15,6 +15,7 @@ from test_chain_images import SIZE, frames_of, mammogram
 from nnunet_sam2.cohort.cohort import Cohort, Role
 from nnunet_sam2.cohort.convert import ConvertOptions, convert
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.files.pictures import write_picture
 from nnunet_sam2.folders import DatasetFolders, new_dataset_folders
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.labelling.labeller import label_cases
@@ -26,7 +27,6 @@ from nnunet_sam2.labelling.strategies.chain import labels as chain_labels
 from nnunet_sam2.labelling.strategies.chain.strategy import Chain, ChainOptions
 from nnunet_sam2.labelling.strategies.chain.training import Example, core_places, image_examples, train_decoder
 from nnunet_sam2.labelling.strategies.chain.video import ChainImage, carry_all
-from nnunet_sam2.pictures import write_picture
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.support.cases import Query, Support
 from nnunet_sam2.support.library import load_support

@@ -11,7 +11,7 @@ from anisotropic_data import Dataset
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.cli.predict import chosen_model, find_cases
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.file_checks import VOLUME_ENDINGS
+from nnunet_sam2.files.checks import VOLUME_ENDINGS
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.rounds.ledger import Ledger, StageResult
 from nnunet_sam2.rounds.nnunet import predict as nnunet_predict

@@ -19,9 +19,9 @@ from nnunet_sam2.cohort.convert import ConvertOptions
 from nnunet_sam2.cohort.labels import make_label_table, parse_labels, table_from_json
 from nnunet_sam2.cohort.layouts import find
 from nnunet_sam2.errors import InputError, NnunetSam2Error
+from nnunet_sam2.files.repairs import ReadPolicy
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.registry import STRATEGIES, make_strategy, options_json, parse_settings
-from nnunet_sam2.repairs import ReadPolicy
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, Ledger, read_events
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.storage import read_json

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.files.nifti_placement import FORM_TOLERANCE_MM
+from nnunet_sam2.files.repairs import ReadPolicy
 from nnunet_sam2.geometry import Geometry
-from nnunet_sam2.nifti_placement import FORM_TOLERANCE_MM
-from nnunet_sam2.repairs import ReadPolicy
 from nnunet_sam2.volumes import read_label, read_label_as, read_stored, read_stored_as, write_label
 
 # The same examples each time: a failure in CI is one that can be repeated.

@@ -11,11 +11,11 @@ import pytest
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.cohort.convert import ConvertOptions, convert
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.files.pictures import write_picture
 from nnunet_sam2.folders import new_dataset_folders
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.labelling.labeller import label_cases
 from nnunet_sam2.labelling.registry import make_strategy, parse_settings
-from nnunet_sam2.pictures import write_picture
 from nnunet_sam2.sam2.backend import load_backend
 from nnunet_sam2.support.library import (
     choose_supports,

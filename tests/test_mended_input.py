@@ -13,8 +13,8 @@ from scipy.spatial.transform import Rotation
 
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.files.repairs import ReadPolicy
 from nnunet_sam2.geometry import Geometry
-from nnunet_sam2.repairs import ReadPolicy
 from nnunet_sam2.volumes import read_label, read_stored, read_stored_as, write_image, write_label
 
 SHAPE = (4, 10, 12)

@@ -14,7 +14,7 @@ import SimpleITK
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.cli.predict import find_cases
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.file_checks import VOLUME_ENDINGS
+from nnunet_sam2.files.checks import VOLUME_ENDINGS
 from nnunet_sam2.folders import VARIABLES
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.volumes import read_stored, read_volume, write_image, write_label

@@ -8,10 +8,10 @@ from pathlib import Path
 from nnunet_sam2.cohort.convert import ConvertOptions, convert
 from nnunet_sam2.cohort.labels import parse_labels
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.files.nifti_placement import MOST_DEGREES
+from nnunet_sam2.files.repairs import ERROR, FORM_CHOICES, NONFINITE_CHOICES, ReadPolicy
 from nnunet_sam2.folders import new_dataset_folders
-from nnunet_sam2.nifti_placement import MOST_DEGREES
 from nnunet_sam2.progress import say
-from nnunet_sam2.repairs import ERROR, FORM_CHOICES, NONFINITE_CHOICES, ReadPolicy
 from nnunet_sam2.trainers.discovery import require_nnunet
 
 

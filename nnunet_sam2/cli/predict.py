@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nnunet_sam2.cohort.names import checked_case_id
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.file_checks import VOLUME_ENDINGS
+from nnunet_sam2.files.checks import VOLUME_ENDINGS
 from nnunet_sam2.folders import DatasetFolders, find_dataset
 
 _CHANNEL = re.compile(r"_(\d{4})$")

@@ -12,12 +12,12 @@ from nnunet_sam2.cohort.cohort import Role
 from nnunet_sam2.cohort.labels import LabelTable
 from nnunet_sam2.cohort.layouts import SourceCase
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.file_checks import PICTURE_ENDINGS, file_ending
+from nnunet_sam2.files.checks import PICTURE_ENDINGS, file_ending
+from nnunet_sam2.files.nifti import is_plain_nifti_gz
+from nnunet_sam2.files.pictures import picture_fits_png
+from nnunet_sam2.files.repairs import STRICT, ReadPolicy, Repairs
 from nnunet_sam2.geometry import Geometry
-from nnunet_sam2.nifti import is_plain_nifti_gz
-from nnunet_sam2.pictures import picture_fits_png
 from nnunet_sam2.progress import track
-from nnunet_sam2.repairs import STRICT, ReadPolicy, Repairs
 from nnunet_sam2.volumes import placed_voxel_hash, read_label_as, read_stored_as, voxel_hash
 
 

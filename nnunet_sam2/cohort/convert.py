@@ -20,9 +20,9 @@ from nnunet_sam2.cohort.roles import choose_cases, patients_of, suspect_patients
 from nnunet_sam2.cohort.unpacked import source_folder
 from nnunet_sam2.cohort.write import choose_ending, write_dataset
 from nnunet_sam2.errors import InputError, StageError
+from nnunet_sam2.files.repairs import STRICT, ReadPolicy
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import say
-from nnunet_sam2.repairs import STRICT, ReadPolicy
 from nnunet_sam2.storage import TEMPORARY_MARK, atomic_folder, file_hash
 
 _TEST_DRAW, _LABELLED_DRAW, _UNLABELLED_DRAW = 1, 2, 3

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nnunet_sam2.cohort.cohort import LABELLED_IMAGES, LABELS, Case, Cohort, Role
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.file_checks import is_image_file
+from nnunet_sam2.files.checks import is_image_file
 from nnunet_sam2.storage import file_hash
 
 _WAY_OUT = "put the files back as they were, or convert the source again"

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nnunet_sam2.archives import ARCHIVE_ENDINGS, is_archive, only_folder, unpack
 from nnunet_sam2.errors import InputError, NnunetSam2Error
+from nnunet_sam2.files.archives import ARCHIVE_ENDINGS, is_archive, only_folder, unpack
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import say
 from nnunet_sam2.storage import TEMPORARY_MARK

@@ -14,8 +14,8 @@ from nnunet_sam2.cohort.checks import CheckedCase
 from nnunet_sam2.cohort.cohort import Case, Cohort, Role
 from nnunet_sam2.cohort.labels import LabelTable
 from nnunet_sam2.errors import InputError, StageError
+from nnunet_sam2.files.repairs import STRICT, ReadPolicy
 from nnunet_sam2.progress import track
-from nnunet_sam2.repairs import STRICT, ReadPolicy
 from nnunet_sam2.storage import file_hash, write_json
 from nnunet_sam2.volumes import read_label_as, read_stored_as, write_image, write_label
 

@@ -78,7 +78,7 @@ def _validation(account: RunAccount) -> Curve | None:
     known = baseline is not None and baseline.validation_dice is not None and len(scored) > 1
     return Curve(
         title="Validation Dice",
-        text=f"On {account.validation_cases} held-out {'case' if account.validation_cases == 1 else 'cases'} with human "
+        text=f"On {account.validation_cases} held-out case{'' if account.validation_cases == 1 else 's'} with human "
         "labels. Round 0 has learnt from human labels alone.",
         svg=line_chart(
             series,

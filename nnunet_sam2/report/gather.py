@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_sam2.cohort.cohort import Case, Cohort, Role
-from nnunet_sam2.file_checks import PICTURE_ENDINGS
+from nnunet_sam2.files.checks import PICTURE_ENDINGS
 from nnunet_sam2.labelling.explain.cases import class_names
 from nnunet_sam2.provenance import provenance
 from nnunet_sam2.report.account import CaseAccount, ClassQuality, Cost, Provenance, RoundAccount, RunAccount

@@ -9,7 +9,7 @@ import numpy as np
 
 from nnunet_sam2.cohort.cohort import Case, Cohort
 from nnunet_sam2.errors import NnunetSam2Error
-from nnunet_sam2.file_checks import PICTURE_ENDINGS
+from nnunet_sam2.files.checks import PICTURE_ENDINGS
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import say, track
 from nnunet_sam2.report.account import CaseAccount, RunAccount

@@ -15,7 +15,7 @@ import numpy as np
 
 from nnunet_sam2.cohort.cohort import ADDED_LABELS, Addition, Case, Cohort, Role
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.file_checks import file_ending
+from nnunet_sam2.files.checks import file_ending
 from nnunet_sam2.review.hand_over import EXPORT_FILE
 from nnunet_sam2.storage import TEMPORARY_MARK, file_hash, read_json
 from nnunet_sam2.volumes import read_label, voxel_hash, write_label

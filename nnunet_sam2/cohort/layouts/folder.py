@@ -14,7 +14,7 @@ from nnunet_sam2.cohort.cohort import HIDDEN_LABELS
 from nnunet_sam2.cohort.labels import table_from_json
 from nnunet_sam2.cohort.layouts.found import Found, SourceCase, image_files, match_labels
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.file_checks import is_image_file
+from nnunet_sam2.files.checks import is_image_file
 from nnunet_sam2.storage import read_json
 
 IMAGES, LABELS, TEST = "images", "labels", "test"

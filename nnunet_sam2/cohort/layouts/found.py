@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nnunet_sam2.cohort.labels import LabelValue
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.file_checks import is_image_file, strip_ending
+from nnunet_sam2.files.checks import is_image_file, strip_ending
 
 
 @dataclass(frozen=True, kw_only=True)

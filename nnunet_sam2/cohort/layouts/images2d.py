@@ -8,7 +8,7 @@ from pathlib import Path
 from nnunet_sam2.cohort.layouts import folder
 from nnunet_sam2.cohort.layouts.found import Found
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.file_checks import LOSSY_ENDINGS, PICTURE_ENDINGS, file_ending, is_image_file
+from nnunet_sam2.files.checks import LOSSY_ENDINGS, PICTURE_ENDINGS, file_ending, is_image_file
 
 
 def looks_like(source: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_sam2.errors import InputError, StageError
-from nnunet_sam2.file_checks import PICTURE_ENDINGS, check_content, file_ending
+from nnunet_sam2.files.checks import PICTURE_ENDINGS, check_content, file_ending
 from nnunet_sam2.rounds.nnunet.predict import CASE_DONE
 from nnunet_sam2.storage import atomic_path, file_hash, read_json, write_json
 from nnunet_sam2.support.library import write_probabilities

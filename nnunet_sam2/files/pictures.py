@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.file_checks import check_file, file_ending
+from nnunet_sam2.files.checks import check_file, file_ending
 
 _TIFF_ENDINGS = (".tif", ".tiff")
 

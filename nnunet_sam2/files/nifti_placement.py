@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.files.repairs import ReadPolicy, Repairs
 from nnunet_sam2.geometry import Geometry
-from nnunet_sam2.repairs import ReadPolicy, Repairs
 
 FORM_TOLERANCE_MM = 0.1
 """Distance of a volume's corners by qform and by sform above which the two contradict each other."""

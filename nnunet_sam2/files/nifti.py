@@ -17,9 +17,9 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.files.nifti_placement import UNIT_MM, placement_of
+from nnunet_sam2.files.repairs import ERROR, STRICT, ReadPolicy, Repairs
 from nnunet_sam2.geometry import Geometry
-from nnunet_sam2.nifti_placement import UNIT_MM, placement_of
-from nnunet_sam2.repairs import ERROR, STRICT, ReadPolicy, Repairs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,8 +10,8 @@ import zlib
 from pathlib import Path
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.nifti import NiftiFacts, check_nifti
-from nnunet_sam2.repairs import STRICT, ReadPolicy
+from nnunet_sam2.files.nifti import NiftiFacts, check_nifti
+from nnunet_sam2.files.repairs import STRICT, ReadPolicy
 
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".mha", ".nrrd")
 """Endings of files with a grid in space."""
@@ -83,7 +83,7 @@ def check_file(path: Path) -> None:
 def check_content(path: Path, policy: ReadPolicy = STRICT) -> NiftiFacts | None:
     """Read a volume's file from end to end and refuse one that is damaged or holds NaN or infinite voxels.
 
-    NIfTI: `nnunet_sam2.nifti.check_nifti`, whose facts are returned. MetaImage: zlib checksum, length, and that the
+    NIfTI: `files.nifti.check_nifti`, whose facts are returned. MetaImage: zlib checksum, length, and that the
     voxels are in the file itself. NRRD: that the voxels are in the file itself. What other readers check (PNG, TIFF) is
     left to them.
     """
