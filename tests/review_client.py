@@ -16,7 +16,7 @@ from waitress import wasyncore
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.review.serve import open_server
 from nnunet_sam2.review.session import ReviewSession
-from nnunet_sam2.rounds.decisions import DecisionFile
+from nnunet_sam2.rounds.decisions.record import DecisionFile
 
 Run = tuple[DatasetFolders, Path]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nnunet_sam2.rounds.collapse import (
+from nnunet_sam2.rounds.ending.collapse import (
     Signs,
     confirmed_errors,
     drifted_volume,
@@ -12,7 +12,7 @@ from nnunet_sam2.rounds.collapse import (
     swinging_labels,
     vanished_class,
 )
-from nnunet_sam2.rounds.convergence import RoundOutcome, StopReason
+from nnunet_sam2.rounds.ending.convergence import RoundOutcome, StopReason
 from nnunet_sam2.rounds.options import RunOptions
 
 RULE = {"volume_drift": 2.0, "empty_rise": 0.25, "oscillation": 0.5, "settled_change": 0.01}

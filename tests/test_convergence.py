@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nnunet_sam2.rounds.convergence import (
+from nnunet_sam2.rounds.ending.convergence import (
     Change,
     RoundOutcome,
     StopReason,

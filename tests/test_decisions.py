@@ -10,8 +10,16 @@ import pytest
 
 from nnunet_sam2.cohort.cohort import ADDED_LABELS, Addition, Cohort, Role
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.rounds.decided_labels import ALL_REJECTED, TAKEN_OUT, Decided, decide, freeze_classes, without_rejected
-from nnunet_sam2.rounds.decisions import (
+from nnunet_sam2.rounds.decisions.holds import CaseHold, holds_of
+from nnunet_sam2.rounds.decisions.labels import (
+    ALL_REJECTED,
+    TAKEN_OUT,
+    Decided,
+    decide,
+    freeze_classes,
+    without_rejected,
+)
+from nnunet_sam2.rounds.decisions.record import (
     CaseDecisions,
     Decision,
     DecisionFile,
@@ -20,7 +28,6 @@ from nnunet_sam2.rounds.decisions import (
     read_decisions,
     standing,
 )
-from nnunet_sam2.rounds.holds import CaseHold, holds_of
 from nnunet_sam2.storage import file_hash
 from nnunet_sam2.volumes import write_label
 
@@ -199,7 +206,7 @@ def test_a_human_label_outranks_decisions_and_is_not_taken_of_a_patient_who_is_v
     partly = replace(cohort, cases=cases)
     lines = []
     for number, classes in enumerate(((1, 2), ()), start=1):
-        from nnunet_sam2.rounds.decisions import Line
+        from nnunet_sam2.rounds.decisions.record import Line
 
         decision = Decision.ACCEPT if classes else Decision.TAKE_OUT
         case_id = first.case_id if classes else second.case_id

@@ -15,7 +15,7 @@ from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.explain.members import explain_member, ranges, slices
 from nnunet_sam2.labelling.records import record_path
-from nnunet_sam2.rounds.convergence import Change
+from nnunet_sam2.rounds.ending.convergence import Change
 from nnunet_sam2.rounds.pseudo_labels import Fused
 from nnunet_sam2.storage import read_json, write_json
 

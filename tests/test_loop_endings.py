@@ -15,7 +15,7 @@ from nnunet_sam2.errors import StageError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.rounds import orchestrator
 from nnunet_sam2.rounds.context import RunContext
-from nnunet_sam2.rounds.convergence import class_change, summarise_change
+from nnunet_sam2.rounds.ending.convergence import class_change, summarise_change
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, StageResult, read_events
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.pseudo_labels import Fused

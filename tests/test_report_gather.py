@@ -18,7 +18,7 @@ from nnunet_sam2.report.gather import gather
 from nnunet_sam2.report.pictures import unpack
 from nnunet_sam2.report.run_files import RunFiles
 from nnunet_sam2.report.write import REPORT_FILE, pictures_of, try_to_report, write_report
-from nnunet_sam2.rounds.holds import CaseHold, holds_to_json
+from nnunet_sam2.rounds.decisions.holds import CaseHold, holds_to_json
 from nnunet_sam2.rounds.ledger import Ledger
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import run_folder

@@ -11,7 +11,7 @@ import pytest
 from browser import complaints, open_browser, requests, resize
 from review_client import Client
 
-from nnunet_sam2.rounds.decisions import CaseDecisions, decisions_path, read_decisions, standing
+from nnunet_sam2.rounds.decisions.record import CaseDecisions, decisions_path, read_decisions, standing
 
 NAME = "return document.getElementById('case-name').textContent"
 

@@ -17,8 +17,8 @@ from nnunet_sam2.labelling.quality.calibration import Calibration
 from nnunet_sam2.review.take_in import take_in
 from nnunet_sam2.rounds import labelling_stages, orchestrator
 from nnunet_sam2.rounds.context import RunContext
-from nnunet_sam2.rounds.decided_labels import TAKEN_OUT
-from nnunet_sam2.rounds.decisions import Decision, DecisionFile, accepted_path
+from nnunet_sam2.rounds.decisions.labels import TAKEN_OUT
+from nnunet_sam2.rounds.decisions.record import Decision, DecisionFile, accepted_path
 from nnunet_sam2.rounds.labelling_stages import LabellingStages, SupportLabels
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, StageResult, read_events
 from nnunet_sam2.rounds.options import RunOptions

@@ -20,7 +20,14 @@ from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.review.app import MOST_BYTES
-from nnunet_sam2.rounds.decisions import Decision, DecisionFile, accepted_path, decisions_path, read_decisions, standing
+from nnunet_sam2.rounds.decisions.record import (
+    Decision,
+    DecisionFile,
+    accepted_path,
+    decisions_path,
+    read_decisions,
+    standing,
+)
 from nnunet_sam2.rounds.ledger import Ledger
 from nnunet_sam2.storage import file_hash
 

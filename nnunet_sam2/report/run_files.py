@@ -13,7 +13,7 @@ from nnunet_sam2.cohort.cohort import Case, Cohort, Role
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.records import record_path
-from nnunet_sam2.rounds.holds import CaseHold, holds_from_json
+from nnunet_sam2.rounds.decisions.holds import CaseHold, holds_from_json
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import RunState, state_of_events

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from nnunet_sam2.report.account import CaseAccount, RunAccount
-from nnunet_sam2.rounds.convergence import StopReason
+from nnunet_sam2.rounds.ending.convergence import StopReason
 
 DRIFT = 0.25
 """Change of a class's mean volume since the first round from which on it is pointed out."""

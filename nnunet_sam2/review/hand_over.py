@@ -9,7 +9,7 @@ from nnunet_sam2.cohort.cohort import Case, Cohort, Role
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.report.run_files import RunFiles
-from nnunet_sam2.rounds.decisions import REVIEW_FOLDER
+from nnunet_sam2.rounds.decisions.record import REVIEW_FOLDER
 from nnunet_sam2.storage import atomic_folder, write_json, write_text
 from nnunet_sam2.volumes import read_label, voxel_hash
 

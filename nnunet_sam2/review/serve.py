@@ -14,7 +14,7 @@ from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import say
 from nnunet_sam2.review.app import HOST, MOST_BYTES, ReviewApp
 from nnunet_sam2.review.session import ReviewSession
-from nnunet_sam2.rounds.decisions import DecisionFile, decisions_path
+from nnunet_sam2.rounds.decisions.record import DecisionFile, decisions_path
 from nnunet_sam2.stopping import Stopped
 
 _TOKEN_BYTES = 32

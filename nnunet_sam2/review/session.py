@@ -20,7 +20,7 @@ from nnunet_sam2.report.run_files import RunFiles
 from nnunet_sam2.report.write import pictures_of
 from nnunet_sam2.review.order import Rank, Signs, in_order, rank_case
 from nnunet_sam2.review.signs import signs_of_run
-from nnunet_sam2.rounds.decisions import CaseDecisions, Decision, DecisionFile, accepted_path, standing
+from nnunet_sam2.rounds.decisions.record import CaseDecisions, Decision, DecisionFile, accepted_path, standing
 from nnunet_sam2.rounds.ledger import LEDGER_FILE
 from nnunet_sam2.storage import atomic_path, file_hash
 

@@ -17,8 +17,8 @@ from nnunet_sam2.labelling.quality.record import calibration_of, read_estimates
 from nnunet_sam2.labelling.records import record_path
 from nnunet_sam2.labelling.registry import make_strategy
 from nnunet_sam2.rounds.context import RunContext
+from nnunet_sam2.rounds.decisions.holds import Holds, holds_to_json
 from nnunet_sam2.rounds.device_memory import on_cpu_if_full
-from nnunet_sam2.rounds.holds import Holds, holds_to_json
 from nnunet_sam2.rounds.ledger import StageResult
 from nnunet_sam2.rounds.pseudo_labels import Fused, fuse_cases
 from nnunet_sam2.rounds.training_stages import Student

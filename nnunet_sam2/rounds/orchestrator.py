@@ -12,10 +12,11 @@ from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import say
 from nnunet_sam2.provenance import provenance
-from nnunet_sam2.rounds.collapse import Ending
 from nnunet_sam2.rounds.context import RunContext, load_labeller
-from nnunet_sam2.rounds.convergence import RoundOutcome, best_round
-from nnunet_sam2.rounds.health import Health
+from nnunet_sam2.rounds.decisions.round_review import RoundReview
+from nnunet_sam2.rounds.ending.collapse import Ending
+from nnunet_sam2.rounds.ending.convergence import RoundOutcome, best_round
+from nnunet_sam2.rounds.ending.health import Health
 from nnunet_sam2.rounds.labelling_stages import LabellingStages
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, Ledger
 from nnunet_sam2.rounds.lock import only_run
@@ -24,7 +25,6 @@ from nnunet_sam2.rounds.nnunet.plan import SPLITS_FILE
 from nnunet_sam2.rounds.options import RunOptions, describe_difference
 from nnunet_sam2.rounds.pseudo_labels import Fused
 from nnunet_sam2.rounds.room import Room
-from nnunet_sam2.rounds.round_review import RoundReview
 from nnunet_sam2.rounds.state import RunState, read_state, run_folder, state_of_events
 from nnunet_sam2.rounds.training_stages import Student, TrainingStages
 from nnunet_sam2.storage import read_json, remove_temporary_files

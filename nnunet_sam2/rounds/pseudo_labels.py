@@ -18,9 +18,9 @@ from nnunet_sam2.labelling.quality.calibration import Calibration
 from nnunet_sam2.labelling.quality.features import CaseFeatures
 from nnunet_sam2.labelling.quality.trust import fused_estimate, judge, spread_quality, trusted_confidence
 from nnunet_sam2.progress import track
-from nnunet_sam2.rounds.convergence import Change, class_change, summarise_change
-from nnunet_sam2.rounds.decided_labels import decide
-from nnunet_sam2.rounds.holds import CaseHold, Holds
+from nnunet_sam2.rounds.decisions.holds import CaseHold, Holds
+from nnunet_sam2.rounds.decisions.labels import decide
+from nnunet_sam2.rounds.ending.convergence import Change, class_change, summarise_change
 from nnunet_sam2.storage import write_json
 from nnunet_sam2.support.library import PROBABILITIES, read_probabilities
 from nnunet_sam2.volumes import read_label, write_label, write_map
@@ -151,7 +151,7 @@ def fuse_cases(
     fused estimate is below ``least_quality`` is not learnt from in that case, and a case all of whose classes are so is
     left out.
 
-    ``holds`` is people's word, which outranks all of this: `rounds.decided_labels.decide` applies it to the fused
+    ``holds`` is people's word, which outranks all of this: `rounds.decisions.labels.decide` applies it to the fused
     label. ``run`` is the folder with the labels that were accepted.
     """
     values = cohort.class_values

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nnunet_sam2.cohort.cohort import Addition, Cohort, Role
-from nnunet_sam2.rounds.decisions import CaseDecisions, standing
-from nnunet_sam2.rounds.decisions import Line as DecisionLine
+from nnunet_sam2.rounds.decisions.record import CaseDecisions, standing
+from nnunet_sam2.rounds.decisions.record import Line as DecisionLine
 
 
 @dataclass(frozen=True, kw_only=True)

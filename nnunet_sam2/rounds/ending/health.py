@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
-from nnunet_sam2.rounds.collapse import Ending, Signs, confirmed_errors, label_collapse
 from nnunet_sam2.rounds.context import RunContext
-from nnunet_sam2.rounds.convergence import RoundOutcome, StopReason, stop_reason
-from nnunet_sam2.rounds.label_signs import human_signs, measure_signs
+from nnunet_sam2.rounds.ending.collapse import Ending, Signs, confirmed_errors, label_collapse
+from nnunet_sam2.rounds.ending.convergence import RoundOutcome, StopReason, stop_reason
+from nnunet_sam2.rounds.ending.signs import human_signs, measure_signs
 from nnunet_sam2.rounds.ledger import StageResult
 from nnunet_sam2.rounds.pseudo_labels import Fused
 from nnunet_sam2.rounds.training_stages import Student

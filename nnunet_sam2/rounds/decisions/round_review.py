@@ -7,8 +7,8 @@ from typing import Any
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.progress import say
 from nnunet_sam2.rounds.context import RunContext
-from nnunet_sam2.rounds.decisions import decisions_path, read_decisions
-from nnunet_sam2.rounds.holds import CaseHold, Holds, holds_from_json, holds_of, holds_to_json
+from nnunet_sam2.rounds.decisions.holds import CaseHold, Holds, holds_from_json, holds_of, holds_to_json
+from nnunet_sam2.rounds.decisions.record import decisions_path, read_decisions
 
 REVIEW_EVENT = "review"
 

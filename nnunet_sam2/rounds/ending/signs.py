@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_sam2.cohort.cohort import Case, Cohort
-from nnunet_sam2.rounds.collapse import Signs
-from nnunet_sam2.rounds.convergence import class_change
+from nnunet_sam2.rounds.ending.collapse import Signs
+from nnunet_sam2.rounds.ending.convergence import class_change
 from nnunet_sam2.volumes import read_label
 
 

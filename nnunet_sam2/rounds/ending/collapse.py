@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from nnunet_sam2.rounds.convergence import RoundOutcome, StopReason
+from nnunet_sam2.rounds.ending.convergence import RoundOutcome, StopReason
 
 NOT_SHRINKING = 0.8
 """A change that is at least this part of the one before does not shrink: damped swinging is on its way to rest."""

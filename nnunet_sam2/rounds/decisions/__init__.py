@@ -1,0 +1,1 @@
+"""What people decided about labels: kept line by line, held against cases and classes, in force from round to round."""
