@@ -81,6 +81,18 @@ def test_changed_labels_are_refused_once_rounds_were_built_on_them(
         plan(planned, monkeypatch)
 
 
+def test_another_nnunet_is_refused_once_rounds_were_built_on_plans_of_the_first(
+    planned: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_round(planned, "3d_fullres_r01")
+    here = nnunet_plan.require_nnunet()
+    monkeypatch.setattr(nnunet_plan, "require_nnunet", lambda: "2.99")
+    with pytest.raises(
+        InputError, match=rf"planned with nnunetv2 {here}, this is 2.99; .*pip install nnunetv2=={here}"
+    ):
+        plan(planned, monkeypatch)
+
+
 def test_a_missing_preprocessed_file_is_made_again_with_the_same_plans(
     planned: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,12 +110,13 @@ def _plan_and_preprocess(
     marker = _read_marker(folders)
     state = marker.get(plans, {})
     if state.get("key") not in (None, key):
-        _refuse_if_rounds_exist(folders)
+        _refuse_if_rounds_exist(folders, state.get("nnunetv2"))
         state = {"planned": state.get("by") == "user", "by": state.get("by")}
     if not state:
         by = "user" if plans_path(folders, plans).is_file() else "nnunet_sam2"
         state = {"planned": by == "user", "by": by}
     state["key"] = key
+    state["nnunetv2"] = require_nnunet()
     state.setdefault("done", [])
     if configuration in state["done"] and _is_whole(folders, cohort, configuration, plans):
         _refresh_references(folders, cohort)
@@ -169,12 +170,19 @@ def _write_marker(folders: DatasetFolders, marker: dict[str, Any]) -> None:
     write_json(folders.preprocessed / MARKER_FILE, marker)
 
 
-def _refuse_if_rounds_exist(folders: DatasetFolders) -> None:
-    if any(folders.preprocessed.glob(ROUND_RECORD_PATTERN)):
+def _refuse_if_rounds_exist(folders: DatasetFolders, planned_with: str | None) -> None:
+    if not any(folders.preprocessed.glob(ROUND_RECORD_PATTERN)):
+        return
+    version = require_nnunet()
+    if planned_with not in (None, version):
         raise InputError(
-            f"the labelled cases of {folders.name} changed after rounds were built on them; convert them to a new "
-            f"dataset id, or remove {folders.preprocessed} and {folders.results} to start anew"
+            f"{folders.name} was planned with nnunetv2 {planned_with}, this is {version}; rounds are built on those "
+            f"plans: pip install nnunetv2=={planned_with}, or convert to a new dataset id"
         )
+    raise InputError(
+        f"the labelled cases of {folders.name} changed after rounds were built on them; convert them to a new "
+        f"dataset id, or remove {folders.preprocessed} and {folders.results} to start anew"
+    )
 
 
 def _is_whole(folders: DatasetFolders, cohort: Cohort, configuration: str, plans: str) -> bool:
