@@ -19,17 +19,18 @@ def write_table(results: Path, page: Path, readme: Path) -> None:
 
 def _summary(results: dict[str, Any]) -> str:
     lines = [
-        "| real images, CPU | labelled | unlabelled | nnU-Net, labelled only | SAM 2's labels "
-        "| nnU-Net after the rounds | human labels for all |",
-        "|---|---|---|---|---|---|---|",
+        "| real images, CPU | labelled | unlabelled | SAM 2 | nnU-Net, labelled only | as long as all rounds "
+        "| SAM 2's labels | nnU-Net after the rounds | human labels for all |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
-        cut = result["set"]
+        cut, labeller, longer = result["set"], result["labeller"], result.get("labelled_only_longer")
         kept = next((r for r in result["rounds"] if r["round"] == result["best_round"]), result["labelled_only"])
         lines.append(
             f"| {name.split('/')[0]}, seed {name.split('/')[1]} | {cut['n_labelled']} | {cut['n_unlabelled']} | "
-            f"{result['labelled_only']['dice']:.3f} | {result['sam2']['dice']:.3f} | **{kept['dice']:.3f}** | "
-            f"{result['all_labels']['dice']:.3f} |"
+            f"{labeller['sam2']}, `{labeller['strategy']}` | {result['labelled_only']['dice']:.3f} | "
+            f"{format(longer['dice'], '.3f') if longer else ''} | {result['sam2']['dice']:.3f} | "
+            f"**{kept['dice']:.3f}** | {result['all_labels']['dice']:.3f} |"
         )
     return "\n".join(lines)
 
