@@ -55,8 +55,9 @@ def start(root: Path, *arguments: str, argv: list[str] | None = None) -> subproc
 
 
 def heed_ctrl_c() -> None:
-    """Undo what a shell does to what it starts in the background: there SIGINT is ignored."""
+    """Undo what a shell and ``nohup`` do to what they start: there SIGINT and SIGHUP are ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def copy_of(dataset: DatasetFolders, root: Path) -> Path:

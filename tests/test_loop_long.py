@@ -5,6 +5,7 @@ Minutes each: ``bash scripts/test_long.sh`` runs them and writes the result to d
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -132,10 +133,11 @@ def test_a_training_that_is_killed_under_the_loop_goes_on_once_and_is_named(
     while process.poll() is None and not killed:
         time.sleep(0.05)
         for child in _children(process.pid):
-            if child.name().startswith("nnUNetv2_train") or "nnUNetv2_train" in " ".join(child.cmdline()):
-                time.sleep(3.0)
-                child.kill()
-                killed = True
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if child.name().startswith("nnUNetv2_train") or "nnUNetv2_train" in " ".join(child.cmdline()):
+                    time.sleep(3.0)
+                    child.kill()
+                    killed = True
     _, err = process.communicate(timeout=LONGEST_S)
     assert killed
     assert process.returncode == 0, err[-4000:]

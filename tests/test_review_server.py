@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from finished_run import add_labels, fused_record
+from loop_command import heed_ctrl_c
 from review_client import Client
 
 from nnunet_sam2.cohort.cohort import Cohort
@@ -219,7 +220,8 @@ def test_a_second_review_of_the_same_run_is_refused(client: Client) -> None:
 
 def test_the_command_prints_the_address_and_ends_with_an_interrupt(run: Run) -> None:
     argv = [sys.executable, "-m", "nnunet_sam2.cli.main", "review", "-d", "501", "--no-browser", "--pictures", "0"]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipe, heeds = subprocess.PIPE, heed_ctrl_c if sys.platform != "win32" else None
+    with subprocess.Popen(argv, stdout=pipe, stderr=pipe, text=True, preexec_fn=heeds) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:\d+/\S+/", line)

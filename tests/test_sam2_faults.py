@@ -34,12 +34,11 @@ def untrained() -> MetaSam2Backend:
     return load_backend("untrained", device="cpu", image_size=64, threads=1)
 
 
-def _same(one: Any, other: Any) -> bool:
-    return all(
-        torch.equal(a, b)
-        for i in range(len(one))
-        for a, b in zip((one.top(i), *one.high(i)), (other.top(i), *other.high(i)), strict=True)
-    )
+def _require_same(one: Any, other: Any) -> None:
+    """Fail beyond rounding to half precision: with several threads a batch's size decides the order of sums."""
+    for i in range(len(one)):
+        for a, b in zip((one.top(i), *one.high(i)), (other.top(i), *other.high(i)), strict=True):
+            torch.testing.assert_close(a.float(), b.float(), rtol=2e-3, atol=2e-3)
 
 
 def test_a_batch_that_finds_no_memory_is_halved_with_the_same_result_and_told_once(
@@ -59,7 +58,7 @@ def test_a_batch_that_finds_no_memory_is_halved_with_the_same_result_and_told_on
         return encode(images)
 
     monkeypatch.setattr(small, "_encode", little_room)
-    assert _same(small.embed(frames), expected)
+    _require_same(small.embed(frames), expected)
     assert sizes == [8, 4, 2, 2, 2, 2, 1]
     small._cache._latest.clear()
     small.embed(frames)

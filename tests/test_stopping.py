@@ -75,6 +75,7 @@ def test_a_signal_ends_the_command_in_order_with_the_status_that_shells_expect(
 def test_a_computation_that_cannot_be_interrupted_is_ended_all_the_same_with_its_children() -> None:
     process, ready = _start(COMPUTES)
     child = int(ready.split()[1])
+    time.sleep(0.5)  # the computation has begun
     process.send_signal(signal.SIGTERM)
     started = time.monotonic()
     out, err = process.communicate(timeout=20)
