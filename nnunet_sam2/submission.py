@@ -14,15 +14,17 @@ from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.progress import track
 from nnunet_sam2.volumes import read_label, read_stored
 
-MISSING, EXTRA, FOLDER, UNREADABLE, TYPE, VALUES, GEOMETRY = (
+MISSING, EXTRA, BY_PRODUCT, FOLDER, UNREADABLE, TYPE, VALUES, GEOMETRY = (
     "missing case",
     "extra file",
+    "by-product",
     "wrong folder",
     "unreadable file",
     "wrong number type",
     "wrong values",
     "wrong geometry",
 )
+_BY_PRODUCTS = ("predict.log", "dataset.json", "plans.json", "predict_from_raw_data_args.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,12 @@ def _opened(submission: Path) -> Iterator[Path]:
         yield place
 
 
+def is_by_product(name: str) -> bool:
+    """Say whether `nnunet_sam2 predict` or nnU-Net itself writes this file beside the label files."""
+    path = PurePosixPath(name)
+    return path.name in _BY_PRODUCTS or (path.suffix == ".json" and path.parent.name == "records")
+
+
 def _misplaced(files: Mapping[str, Path], expected: Mapping[str, str]) -> list[Problem]:
     file_names = {PurePosixPath(name).name: name for name in expected}
     problems = []
@@ -99,6 +107,10 @@ def _misplaced(files: Mapping[str, Path], expected: Mapping[str, str]) -> list[P
         if "__MACOSX" in path.parts or path.name.startswith("._") or path.name == ".DS_Store":
             text = "macOS put it there; pack without (zip -X, or remove it from the zip)"
             problems.append(Problem(kind=EXTRA, file=name, text=text))
+        elif is_by_product(name):
+            problems.append(
+                Problem(kind=BY_PRODUCT, file=name, text="written beside the labels; leave it out of the zip")
+            )
         elif path.name in file_names:
             wanted = file_names[path.name]
             problems.append(Problem(kind=FOLDER, file=name, text=f"wanted is {wanted}"))
@@ -115,7 +127,7 @@ def _check_file(path: Path, name: str, geometry: Geometry, allowed: Collection[i
     if array.dtype.kind not in "iu":
         return Problem(kind=TYPE, file=name, text=f"{array.dtype}, wanted are whole numbers (uint8 or uint16)")
     if difference := geometry.mismatch(own):
-        return Problem(kind=GEOMETRY, file=name, text=f"differs from its image in {difference}")
+        return Problem(kind=GEOMETRY, file=name, text=f"its image and it differ in {difference}")
     try:
         read_label(path, allowed=allowed)
     except InputError as error:

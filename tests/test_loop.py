@@ -91,6 +91,17 @@ def test_the_same_command_again_has_nothing_left_to_do(finished: Path) -> None:
     assert label_hashes(finished) == before
 
 
+def test_a_dry_run_counts_what_is_done_and_measures_by_the_plans_that_are_there(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NNUNET_SAM2_CACHE", str(tmp_path / "cache"))
+    before = sorted(finished.rglob("*"))
+    told = command(finished, *RUN, "--dry-run", "--json")
+    assert told.returncode == 0, told.stderr
+    assert json.loads(told.stdout)["sum"]["cpu_seconds"] == 0
+    assert sorted(finished.rglob("*")) == before
+
+
 def test_a_changed_option_is_refused_and_the_difference_is_shown(finished: Path) -> None:
     refused = command(finished, *RUN, "--seed", "99")
     assert refused.returncode == 2

@@ -141,7 +141,7 @@ def test_options_that_change_the_result_are_part_of_the_identity_and_the_others_
     base = RunOptions()
     assert RunOptions(round_limit=9, threads=1, device="cpu").identity() == base.identity()
     assert RunOptions(seed=1).identity() != base.identity()
-    assert describe_difference(base.identity(), RunOptions(seed=1).identity()) == "seed: 12345 -> 1"
+    assert describe_difference(base.identity(), RunOptions(seed=1).identity()) == "--seed: 12345 -> 1"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from nnunet_sam2.cli.main import main
+from nnunet_sam2.cohort.cohort import Cohort
+from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.submission import EXTRA, FOLDER, GEOMETRY, MISSING, TYPE, UNREADABLE, VALUES, check_submission
 from nnunet_sam2.volumes import write_image, write_label
@@ -104,3 +106,22 @@ def test_the_command_lists_the_faults_and_its_status_tells(
     answer = json.loads(capsys.readouterr().out.split("\n}\n")[1] + "\n}")
     assert {p["kind"] for p in answer["problems"]} == {VALUES}
     assert main(["check-submission", "-d", "501", "-p", str(tmp_path / "nowhere")]) == 2
+
+
+def test_what_a_prediction_writes_beside_its_labels_is_a_problem_in_a_zip_alone(
+    tiny_dataset: DatasetFolders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cohort = Cohort.load(tiny_dataset.raw)
+    folder = tmp_path / "out"
+    for case in cohort.test:
+        write_label(folder / f"{case.case_id}.nii.gz", np.zeros(case.geometry.shape_zyx, np.uint8), case.geometry)
+    (folder / "records").mkdir()
+    for name in ("predict.log", "plans.json", f"records/{cohort.test[0].case_id}.json"):
+        (folder / name).write_text("{}")
+    assert main(["check-submission", "-d", str(tiny_dataset.dataset_id), "-p", str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert "all good" in told
+    assert "to be left out of a zip: plans.json, predict.log, records/" in told
+    packed = _packed(folder, "")
+    assert main(["check-submission", "-d", str(tiny_dataset.dataset_id), "-p", str(packed)]) == 1
+    assert capsys.readouterr().out.count("by-product: ") == 3

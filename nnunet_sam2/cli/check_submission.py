@@ -31,19 +31,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check, print a line for each fault, and return 1 where there is one."""
-    from nnunet_sam2.submission import check_submission
+    from nnunet_sam2.submission import BY_PRODUCT, check_submission
 
     cases, ending, allowed = _of_dataset(args) if args.dataset else _of_images(args)
     if not cases:
         raise InputError("there are no test cases to hold the submission against; name their images with -i")
-    problems = check_submission(
+    found = check_submission(
         args.submission, cases, ending=args.ending or ending, root=args.root.strip("/"), allowed=allowed
     )
+    # What prediction itself puts into its folder is in nobody's way until it is packed.
+    aside = [problem for problem in found if problem.kind == BY_PRODUCT and args.submission.is_dir()]
+    problems = [problem for problem in found if problem not in aside]
     if args.json:
-        print(json.dumps({"cases": len(cases), "problems": [problem.to_json() for problem in problems]}, indent=1))
+        print(
+            json.dumps(
+                {
+                    "cases": len(cases),
+                    "problems": [problem.to_json() for problem in problems],
+                    "aside": [p.file for p in aside],
+                },
+                indent=1,
+            )
+        )
     else:
         for problem in problems:
             print(f"{problem.kind}: {problem.file}: {problem.text}")
+        if aside:
+            print(f"no labels, to be left out of a zip: {', '.join(problem.file for problem in aside)}")
         print(f"{len(cases)} cases wanted, {len(problems)} problems" if problems else f"{len(cases)} cases, all good")
     return FAULTY_STATUS if problems else 0
 

@@ -6,10 +6,13 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunet_sam2.labelling.registry import STRATEGIES, make_strategy, parse_settings
 from nnunet_sam2.sam2.weights.registry import EMBEDDED
+
+if TYPE_CHECKING:
+    from nnunet_sam2.cohort.cohort import Cohort
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     )
     measured = estimated_quality(records, cohort.class_values)
     if any(dice is not None for dice in measured.values()):
-        say(f"Dice with human labels, each case labelled from the others: {_by_class(measured)}")
+        say(f"Dice with human labels, each case labelled from the others: {_by_class(measured, cohort)}")
     judged = [record for record in records if read_estimates(record)]
     if judged:
         known = judged[0]["quality"]
@@ -138,11 +141,12 @@ def run(args: argparse.Namespace) -> int:
             f"calibrated on {len(known['calibration_cases'])} labelled cases" if known["calibrated"] else "uncalibrated"
         )
         means = mean_dice([read_estimates(record) for record in judged], cohort.class_values)
-        say(f"estimated Dice, mean of {len(judged)} cases ({how}): {_by_class(means)}")
+        say(f"estimated Dice, mean of {len(judged)} cases ({how}): {_by_class(means, cohort)}")
     empty = [record["case"] for record in records if not any(record["voxels"].values())]
     if empty:
         say(f"nothing was found in {len(empty)} of {len(records)} cases: {', '.join(empty[:10])}")
-    say(f"labelled {len(records)} cases from {len(supports)} supports: {out}")
+    count = f"{len(records)} {'case' if len(records) == 1 else 'cases'}"
+    say(f"labelled {count} from {len(supports)} {'support' if len(supports) == 1 else 'supports'}: {out}")
     return 0
 
 
@@ -163,8 +167,11 @@ def _calibrating(
     return [usable[round(i * (len(usable) - 1) / max(1, most - 1))] for i in range(most)]
 
 
-def _by_class(table: Mapping[int, float | None]) -> str:
-    return ", ".join(f"{value}: {'-' if dice is None else f'{dice:.3f}'}" for value, dice in table.items())
+def _by_class(table: Mapping[int, float | None], cohort: Cohort) -> str:
+    from nnunet_sam2.labelling.explain.cases import class_names
+
+    names = class_names(cohort)
+    return ", ".join(f"{names[str(v)]}: {'-' if dice is None else f'{dice:.3f}'}" for v, dice in table.items())
 
 
 def _explain(args: argparse.Namespace) -> int:

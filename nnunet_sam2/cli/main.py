@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     called = next((a for a in arguments if not a.startswith("-")), None)
     for name, (module_name, help_text) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+        subparser = subparsers.add_parser(
+            name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".", allow_abbrev=False
+        )
         if name == called:
             module = importlib.import_module(f"nnunet_sam2.cli.{module_name}")
             module.add_arguments(subparser)

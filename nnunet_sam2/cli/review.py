@@ -92,7 +92,9 @@ def _take_in(args: argparse.Namespace, folders: DatasetFolders) -> None:
     )
     for case_id, label in taken:
         say(f"{case_id}: human label {label}")
-    say(f"it is learnt from the next round on: the same nnunet_sam2 run -d {folders.dataset_id} command goes on")
+    say(
+        "it is learnt from the next round on: the nnunet_sam2 run command that began the run, with its options, goes on"
+    )
 
 
 def _count(text: str) -> int:

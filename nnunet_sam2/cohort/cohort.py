@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,13 @@ class Cohort:
         for case in self.cases:
             if case.case_id == case_id:
                 return case
-        raise InputError(f"no case {case_id} in {self.root / COHORT_FILE}")
+        near = get_close_matches(case_id, [case.case_id for case in self.cases], n=3)
+        hint = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else f"the first of {len(self.cases)} is {self.cases[0].case_id}"
+        )
+        raise InputError(f"no case {case_id} in {self.root / COHORT_FILE}; {hint}")
 
     def image_paths(self, case: Case) -> tuple[Path, ...]:
         """Return the absolute image files of a case, one a channel (a 2D RGB image is one file)."""

@@ -46,7 +46,7 @@ def check_images(cohort: Cohort) -> Finding:
     def problem(case: Case) -> str:
         volume = read_volume(cohort.image_paths(case))
         if volume.geometry != case.geometry and (difference := case.geometry.mismatch(volume.geometry)):
-            return f"{case.images[0]} differs from what was converted in {difference}"
+            return f"what was converted and {case.images[0]} differ in {difference}"
         if voxel_hash(volume.array_czyx) != case.voxel_hash:
             return f"{case.images[0]} holds other voxels than were converted"
         return ""
@@ -65,7 +65,7 @@ def check_labels(cohort: Cohort) -> Finding:
             return f"{case.label} is not the file that was taken in on {case.added.time[:10]}"
         _, geometry = read_label(path, allowed=allowed)
         if difference := case.geometry.mismatch(geometry):
-            return f"{case.label} and its image differ in {difference}"
+            return f"the image of {case.case_id} and {case.label} differ in {difference}"
         return ""
 
     cases = tuple(case for case in cohort.cases if case.label is not None)

@@ -36,7 +36,9 @@ class RunFiles:
         """Read the ledger and the cohort of a run; raise `InputError` where the run has not begun."""
         events = read_events(folder / LEDGER_FILE)
         if not events:
-            raise InputError(f"{folder} holds no run; start one with: nnunet_sam2 run -d {folders.dataset_id}")
+            raise InputError(
+                f"{folder} holds no run; start one with: nnunet_sam2 run -d {folders.dataset_id} -c CONFIGURATION"
+            )
         return cls(cohort=Cohort.load(folders.raw).as_planned(), folders=folders, folder=folder, events=events)
 
     @cached_property

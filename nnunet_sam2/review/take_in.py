@@ -131,7 +131,7 @@ def _check(
     label_zyx, geometry = read_label(path, allowed=allowed)
     if difference := case.geometry.mismatch(geometry):
         raise InputError(
-            f"{path} and the image of case {name} differ in {difference}; save the label on the image's grid"
+            f"the image of case {name} and {path} differ in {difference}; save the label on the image's grid"
         )
     if case.added is not None and not replaced:
         raise InputError(

@@ -87,11 +87,13 @@ class LabellingStages:
             )
             return StageResult(files=files, info={"sam2": self.run.backend.spec.origin, "cases": len(unlabelled)})
 
+        spared = len(self.run.cohort.labelled) - len(self.run.support_ids)
+        held_out = f", with {spared} held out for validation" if spared > 0 else ""
         labelled = self.run.ledger.run_stage(
             "setup/sam2",
             {**inputs, "quality": checked["digest"]},
             label,
-            what=f"SAM 2 labels {len(unlabelled)} cases from {len(self.run.support_ids)} supports",
+            what=f"SAM 2 labels {len(unlabelled)} cases from {len(self.run.support_ids)} supports{held_out}",
         )
         return SupportLabels(
             folder=out / "unlabelled",

@@ -169,6 +169,26 @@ def _fits(annotation: str, value: Any) -> bool:
 
 
 def describe_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """List the options in which two runs differ, as ``name: old -> new``."""
+    """List the options in which two runs differ, as ``--option: old -> new``; None is the default."""
     names = sorted(set(before) | set(now))
-    return ", ".join(f"{n}: {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n))
+    return ", ".join(
+        f"{_flag(n)}: {'default' if before.get(n) is None else before[n]} -> "
+        f"{'default' if now.get(n) is None else now[n]}"
+        for n in names
+        if before.get(n) != now.get(n)
+    )
+
+
+_FLAGS = {
+    "configuration": "-c",
+    "fold": "-f",
+    "final_epochs": "--final-epochs",
+    "num_epochs": "--epochs",
+    "num_iterations_per_epoch": "--iterations",
+    "round_limit": "--rounds",
+    "strategy_options": "--set",
+}
+
+
+def _flag(name: str) -> str:
+    return _FLAGS.get(name, f"--{name.replace('_', '-')}")

@@ -108,7 +108,10 @@ def read_state(folders: DatasetFolders, run_name: str | None = None) -> RunState
     if run_name is None:
         runs = find_runs(folders)
         if not runs:
-            raise InputError(f"{folders.name} has no run yet; start one with: nnunet_sam2 run -d {folders.dataset_id}")
+            raise InputError(
+                f"{folders.name} has no run yet; start one with: "
+                f"nnunet_sam2 run -d {folders.dataset_id} -c CONFIGURATION"
+            )
         states = [state_of_events(run, read_events(run / LEDGER_FILE)) for run in reversed(runs)]
         return next((state for state in states if state.best_round is not None), states[0])
     folder = run_folder(folders, run_name)

@@ -43,6 +43,8 @@ def _measure(request: dict[str, Any], begun: StopWatch) -> dict[str, Any]:
 
     answer: dict[str, Any] = {}
     preprocessed = Path(os.environ[VARIABLES[1]]) / request["dataset"]
+    # The planner reads it, and training copies it beside its checkpoints.
+    write_json(preprocessed / "dataset_fingerprint.json", request["fingerprint"])
     with Clock(answer, "planning"):
         plans = read_json(Path(request["plans"])) if request["plans"] else _plan(request, preprocessed)
     configuration = _probe_configuration(plans, request)
@@ -73,7 +75,6 @@ def _plan(request: dict[str, Any], preprocessed: Path) -> dict[str, Any]:
     """Let nnU-Net's planner plan from the cohort's shapes and spacings, as it would after its fingerprint."""
     from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
-    write_json(preprocessed / "dataset_fingerprint.json", request["fingerprint"])
     planner = ExperimentPlanner(request["dataset"])
     planner.plan_experiment()
     plans: dict[str, Any] = read_json(preprocessed / "nnUNetPlans.json")

@@ -144,7 +144,7 @@ def nnunet_request(folders: DatasetFolders, cohort: Cohort, options: RunOptions)
         "dataset": cohort.root.name,
         "plans": str(path) if path.is_file() else None,
         "planned": resolved_configuration(read_plans(folders), options.configuration) if path.is_file() else None,
-        "fingerprint": None if path.is_file() else _fingerprint(cohort),
+        "fingerprint": _fingerprint(cohort),
         "configuration": options.configuration,
         "profile": options.profile,
         "device": options.device,
