@@ -119,7 +119,9 @@ def test_variables_that_are_unset_relative_files_or_missing_folders_are_named(tm
     assert storage_places.check_root(name, None).mend == f"export {name}=/path/to/{name}"
     assert level(storage_places.check_root(name, "data/pre")) == "fail"
     assert level(storage_places.check_root(name, str(file))) == "fail"
-    assert storage_places.check_root(name, str(tmp_path / "new")).mend == f"mkdir -p '{tmp_path / 'new'}'"
+    assert (
+        storage_places.check_root(name, str(tmp_path / "new")).message == f"{tmp_path / 'new'}, made when it is needed"
+    )
     assert level(storage_places.check_root(name, str(tmp_path))) == "ok"
 
 

@@ -40,7 +40,7 @@ def check_root(name: str, value: str | None) -> Finding:
         parent = nearest_existing(path)
         if problem := write_problem(parent):
             return fail(name, f"{path} does not exist and cannot be made ({problem})", f"export {name}=/path/of/yours")
-        return warn(name, f"{path} does not exist", f"mkdir -p '{path}'")
+        return ok(name, f"{path}, made when it is needed")
     if problem := write_problem(path):
         reading_will_do = name == VARIABLES[0]
         make = warn if reading_will_do else fail
