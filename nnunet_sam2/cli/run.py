@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.labelling.registry import parse_settings
@@ -176,7 +178,9 @@ def run(args: argparse.Namespace) -> int:
         from nnunet_sam2.cli.dry_run import show_estimate
         from nnunet_sam2.rounds.estimate import estimate_run
 
-        return show_estimate(estimate_run(folders, options, again=args.again), as_json=args.json)
+        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+            estimate = estimate_run(folders, options, again=args.again)
+        return show_estimate(estimate, as_json=args.json)
     folder = run_folder(folders, options.run_name)
 
     def report(finished: bool) -> None:
