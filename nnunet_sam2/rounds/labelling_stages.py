@@ -87,8 +87,9 @@ class LabellingStages:
             )
             return StageResult(files=files, info={"sam2": self.run.backend.spec.origin, "cases": len(unlabelled)})
 
-        spared = len(self.run.cohort.labelled) - len(self.run.support_ids)
-        held_out = f", with {spared} held out for validation" if spared > 0 else ""
+        # Labels that came before the run are supports as well, so that counts alone would not tell.
+        spared = len({c.case_id for c in self.run.cohort.labelled} - set(self.run.support_ids))
+        held_out = f", with {spared} held out for validation" if spared else ""
         labelled = self.run.ledger.run_stage(
             "setup/sam2",
             {**inputs, "quality": checked["digest"]},
