@@ -15,7 +15,7 @@ from nnunet_sam2.cohort.convert import ConvertOptions, convert
 from nnunet_sam2.cohort.generated import write_generated_cohort
 from nnunet_sam2.folders import VARIABLES, DatasetFolders, new_dataset_folders
 
-pytest_plugins = ["anisotropic_data", "finished_run", "review_client"]
+pytest_plugins = ["anisotropic_data", "finished_run", "review_client", "small_source"]
 
 PROJECT = Path(__file__).resolve().parent.parent
 TINY_SHAPE_ZYX = (12, 40, 40)

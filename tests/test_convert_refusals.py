@@ -11,29 +11,18 @@ import numpy as np
 import pytest
 import SimpleITK
 from PIL import Image
+from small_source import GRID, SHAPE, random_image, write_source
 
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.folders import VARIABLES
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.volumes import write_image, write_label
 
-SHAPE = (4, 10, 12)
-GEOMETRY = Geometry(shape_zyx=SHAPE, spacing_xyz_mm=(1.25, 1.25, 5.0))
-
-
-def _image(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 200, (1, *SHAPE)).astype(np.int16)
-
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """Two labelled and two unlabelled cases that convert as they are."""
-    folder = tmp_path / "source"
-    for i in range(4):
-        write_image(folder / "images" / f"case{i}.nii.gz", _image(i), GEOMETRY)
-        if i < 2:
-            write_label(folder / "labels" / f"case{i}.nii.gz", (_image(9 + i)[0] % 3).astype(np.uint8), GEOMETRY)
-    return folder
+    return write_source(tmp_path / "source", cases=4)
 
 
 def _refused(
@@ -56,7 +45,7 @@ def _truncate(path: Path) -> None:
 
 
 def _write_float(path: Path, value: float) -> None:
-    array = _image(0)[0].astype(np.float32)
+    array = random_image(0)[0].astype(np.float32)
     array[0, 0, 0] = value
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array), str(path))
 
@@ -82,9 +71,9 @@ def _scale_label(source: Path) -> None:
 
 
 def _set_label(source: Path, value: float, dtype: type = np.float32) -> None:
-    array = (_image(3)[0] % 3).astype(dtype)
+    array = (random_image(3)[0] % 3).astype(dtype)
     array[0, 0, 0] = value
-    write_image(source / "labels/case1.nii.gz", array[None], GEOMETRY)
+    write_image(source / "labels/case1.nii.gz", array[None], GRID)
 
 
 def _channels(source: Path, *, missing: bool) -> None:
@@ -132,12 +121,12 @@ FAULTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ..
         ("1, 2, 255", "case1.nii.gz", "--labels name1=1,name2=2,name3=255"),
     ),
     "empty label": (
-        lambda s: write_label(s / "labels/case1.nii.gz", np.zeros(SHAPE, np.uint8), GEOMETRY),
+        lambda s: write_label(s / "labels/case1.nii.gz", np.zeros(SHAPE, np.uint8), GRID),
         (),
         ("labels/case1.nii.gz is empty", "--allow-empty"),
     ),
     "only ignored": (
-        lambda s: write_label(s / "labels/case1.nii.gz", np.full(SHAPE, 2, np.uint8), GEOMETRY),
+        lambda s: write_label(s / "labels/case1.nii.gz", np.full(SHAPE, 2, np.uint8), GRID),
         ("--labels", "a=1,ignore=2"),
         ("labels/case1.nii.gz is empty",),
     ),
@@ -150,17 +139,17 @@ FAULTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ..
     "equal channels": (lambda s: None, ("--channels", "MR,MR"), ("--channels MR,MR", "repeated")),
     "too many channel names": (lambda s: None, ("--channels", "T1,T2"), ("1 channel", "--channels")),
     "duplicate case": (
-        lambda s: write_image(s / "images/case2.mha", _image(5), GEOMETRY),
+        lambda s: write_image(s / "images/case2.mha", random_image(5), GRID),
         (),
         ("case2.mha", "case2.nii.gz", "keep one"),
     ),
     "names that differ in case": (
-        lambda s: write_image(s / "images/CASE2.nii.gz", _image(5), GEOMETRY),
+        lambda s: write_image(s / "images/CASE2.nii.gz", random_image(5), GRID),
         (),
         ("CASE2.nii.gz", "case2.nii.gz"),
     ),
     "bad id": (
-        lambda s: write_image(s / "images/my case.nii.gz", _image(5), GEOMETRY),
+        lambda s: write_image(s / "images/my case.nii.gz", random_image(5), GRID),
         (),
         ("'my case' cannot be a case id", "rename"),
     ),
@@ -175,7 +164,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ..
         ("labels/case1.nii.gz has no image", "add or remove"),
     ),
     "same voxels in two roles": (
-        lambda s: write_image(s / "images/renamed.mha", _image(0).astype(np.float32), GEOMETRY),
+        lambda s: write_image(s / "images/renamed.mha", random_image(0).astype(np.float32), GRID),
         (),
         ("case0.nii.gz (labelled)", "renamed.mha (unlabelled)", "remove one of them"),
     ),
@@ -202,17 +191,17 @@ FAULTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ..
     "pattern without match": (lambda s: None, ("--patient-pattern", "^p"), ("--patient-pattern", "case0")),
     "broken pattern": (lambda s: None, ("--patient-pattern", "("), ("not a regular expression",)),
     "one patient in test and training": (
-        lambda s: write_image(s / "test/case9.nii.gz", _image(77), GEOMETRY),
+        lambda s: write_image(s / "test/case9.nii.gz", random_image(77), GRID),
         ("--patient-pattern", "^(....)"),
         ("patient case", "keep each patient on one side"),
     ),
     "test case of the same name": (
-        lambda s: write_image(s / "test/case1.nii.gz", _image(77), GEOMETRY),
+        lambda s: write_image(s / "test/case1.nii.gz", random_image(77), GRID),
         (),
         ("test/case1.nii.gz", "both case case1", "rename"),
     ),
     "test image that is a training image": (
-        lambda s: write_image(s / "test/new.nii.gz", _image(1), GEOMETRY),
+        lambda s: write_image(s / "test/new.nii.gz", random_image(1), GRID),
         (),
         ("new.nii.gz (test)", "case1.nii.gz (labelled)"),
     ),
@@ -298,8 +287,8 @@ def test_a_decathlon_archive_unpacked_in_part_is_refused(
 ) -> None:
     task = tmp_path / "Task"
     for i in range(2):
-        write_image(task / "imagesTr" / f"c{i}.nii.gz", _image(i), GEOMETRY)
-        write_label(task / "labelsTr" / f"c{i}.nii.gz", (_image(9 + i)[0] % 3).astype(np.uint8), GEOMETRY)
+        write_image(task / "imagesTr" / f"c{i}.nii.gz", random_image(i), GRID)
+        write_label(task / "labelsTr" / f"c{i}.nii.gz", (random_image(9 + i)[0] % 3).astype(np.uint8), GRID)
     value = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "a", "2": "b"}}
     training = [{"image": f"./imagesTr/c{i}.nii.gz", "label": f"./labelsTr/c{i}.nii.gz"} for i in range(3)]
     (task / "dataset.json").write_text(json.dumps({**value, "training": training}))

@@ -11,6 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
+from small_source import GRID, SHAPE, random_image
 
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.cohort.cohort import Cohort
@@ -18,25 +19,7 @@ from nnunet_sam2.cohort.integrity import check_unchanged
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.geometry import Geometry
-from nnunet_sam2.volumes import placed_voxel_hash, write_image, write_label
-
-SHAPE = (4, 10, 12)
-GRID = Geometry(shape_zyx=SHAPE, spacing_xyz_mm=(1.25, 1.25, 5.0), origin_xyz_mm=(-3.0, 4.0, 5.0))
-
-
-def _image(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 200, (1, *SHAPE)).astype(np.int16)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """Two labelled cases and an unlabelled one."""
-    folder = tmp_path / "source"
-    for i in range(3):
-        write_image(folder / "images" / f"case{i}.nii.gz", _image(i), GRID)
-        if i < 2:
-            write_label(folder / "labels" / f"case{i}.nii.gz", (_image(9 + i)[0] % 3).astype(np.uint8), GRID)
-    return folder
+from nnunet_sam2.volumes import placed_voxel_hash, write_image
 
 
 def _other_compression(image: Path, target: Path) -> None:
@@ -90,7 +73,7 @@ def test_one_image_in_two_roles_is_refused_however_it_was_saved_again(
 
 
 def test_the_placed_hash_tells_a_mirrored_image_from_a_mirrored_storage() -> None:
-    values = _image(0)
+    values = random_image(0)
     plain = placed_voxel_hash(values, GRID)
     x_mm = GRID.origin_xyz_mm[0] + (SHAPE[2] - 1) * GRID.spacing_xyz_mm[0]
     stored_backwards = Geometry(

@@ -10,19 +10,13 @@ import numpy as np
 import pytest
 import SimpleITK
 from scipy.spatial.transform import Rotation
+from small_source import GRID, SHAPE, random_image
 
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.repairs import ReadPolicy
 from nnunet_sam2.geometry import Geometry
-from nnunet_sam2.volumes import read_label, read_stored, read_stored_as, write_image, write_label
-
-SHAPE = (4, 10, 12)
-GRID = Geometry(shape_zyx=SHAPE, spacing_xyz_mm=(1.25, 1.25, 5.0))
-
-
-def _image(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(1, 200, (1, *SHAPE)).astype(np.int16)
+from nnunet_sam2.volumes import read_label, read_stored, read_stored_as, write_image
 
 
 def _nifti(path: Path, values_zyx: np.ndarray, *, sform: np.ndarray, qform: np.ndarray | None = None) -> Path:
@@ -40,17 +34,6 @@ def _sheared(shear: float) -> np.ndarray:
     return affine
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """Two labelled cases and an unlabelled one."""
-    folder = tmp_path / "source"
-    for i in range(3):
-        write_image(folder / "images" / f"case{i}.nii.gz", _image(i), GRID)
-        if i < 2:
-            write_label(folder / "labels" / f"case{i}.nii.gz", (_image(9 + i)[0] % 3).astype(np.uint8), GRID)
-    return folder
-
-
 def _convert(source: Path, *options: str) -> int:
     return main(["convert", str(source), "-d", "7", "-n", "T", *options])
 
@@ -65,7 +48,7 @@ def _cases(root: Path) -> dict[str, dict]:
 def test_nan_and_inf_are_replaced_as_asked_and_counted(
     source: Path, fresh_roots: Path, ending: str, choice: str, value: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values = _image(2)[0].astype(np.float32)
+    values = random_image(2)[0].astype(np.float32)
     values[0, 0, :3] = (np.nan, np.inf, -np.inf)
     values[1, 1, 1] = -7
     (source / "images/case2.nii.gz").unlink()
@@ -98,9 +81,9 @@ def test_sheared_axes_become_the_nearest_right_angles_and_the_angle_is_told(
     source: Path, fresh_roots: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for i in range(3):
-        _nifti(source / f"images/case{i}.nii.gz", _image(i)[0], sform=_sheared(0.02))
+        _nifti(source / f"images/case{i}.nii.gz", random_image(i)[0], sform=_sheared(0.02))
         if i < 2:
-            _nifti(source / f"labels/case{i}.nii.gz", (_image(i)[0] % 3).astype(np.uint8), sform=_sheared(0.02))
+            _nifti(source / f"labels/case{i}.nii.gz", (random_image(i)[0] % 3).astype(np.uint8), sform=_sheared(0.02))
     assert _convert(source) == 2
     assert "case0.nii.gz has sheared axes (0.573 degrees" in (told := capsys.readouterr().err)
     assert "--fix-geometry" in told
@@ -110,7 +93,7 @@ def test_sheared_axes_become_the_nearest_right_angles_and_the_angle_is_told(
     assert case["repairs"]["case0.nii.gz"]["angle_degrees"] == pytest.approx(0.573, abs=1e-3)
     assert set(case["repairs"]) == {"case0.nii.gz", "labels/case0.nii.gz"}
     written, geometry = read_stored(fresh_roots / "nnUNet_raw/Dataset007_T" / case["images"][0])
-    assert np.array_equal(written, _image(0))
+    assert np.array_equal(written, random_image(0))
     direction = np.reshape(geometry.direction, (3, 3))
     assert np.allclose(direction.T @ direction, np.eye(3), atol=1e-6)
     # No rotation is nearer to the sheared axes, and the middle of the volume has not moved.
@@ -125,7 +108,7 @@ def test_sheared_axes_become_the_nearest_right_angles_and_the_angle_is_told(
 
 
 def test_a_shear_of_more_than_five_degrees_is_refused_even_so(tmp_path: Path) -> None:
-    path = _nifti(tmp_path / "tilted.nii.gz", _image(0)[0], sform=_sheared(0.3))
+    path = _nifti(tmp_path / "tilted.nii.gz", random_image(0)[0], sform=_sheared(0.3))
     with pytest.raises(InputError, match="more than 5 degrees away: resample it"):
         read_stored_as(path, ReadPolicy(fix_geometry=True))
 
@@ -134,7 +117,7 @@ def test_qform_and_sform_that_contradict_each_other_need_a_word(
     source: Path, fresh_roots: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sform, qform = np.diag([2.0, 2.0, 5.0, 1.0]), np.diag([1.0, 1.0, 5.0, 1.0])
-    _nifti(source / "images/case2.nii.gz", _image(2)[0], sform=sform, qform=qform)
+    _nifti(source / "images/case2.nii.gz", random_image(2)[0], sform=sform, qform=qform)
     assert _convert(source) == 2
     assert "a qform and an sform that lie 14.2 mm apart" in (told := capsys.readouterr().err)
     assert "--form sform or --form qform" in told
@@ -152,7 +135,7 @@ def test_qform_and_sform_that_contradict_each_other_need_a_word(
     ("pixdim", "size"), [((1, 0, 1, 1), "voxel size"), ((1, -1, 1, 1), "voxel size"), ((1, np.nan, 1, 1), "voxel size")]
 )
 def test_a_voxel_size_that_is_none_is_refused(tmp_path: Path, pixdim: tuple[float, ...], size: str) -> None:
-    image = nibabel.Nifti1Image(_image(0)[0].T, np.eye(4))
+    image = nibabel.Nifti1Image(random_image(0)[0].T, np.eye(4))
     raw = bytearray(image.to_bytes())
     header = nibabel.Nifti1Header(bytes(raw[:348]), check=False)
     header["pixdim"][:4] = pixdim
@@ -163,7 +146,7 @@ def test_a_voxel_size_that_is_none_is_refused(tmp_path: Path, pixdim: tuple[floa
 
 
 def test_without_qform_and_sform_a_file_is_placed_as_nnunet_places_it(tmp_path: Path) -> None:
-    image = nibabel.Nifti1Image(_image(0)[0].T, None)
+    image = nibabel.Nifti1Image(random_image(0)[0].T, None)
     image.header.set_zooms((1.5, 2.0, 3.0))
     image.set_sform(None, 0)
     image.set_qform(None, 0)
@@ -199,7 +182,7 @@ def test_scaled_values_are_read_without_overflow(
 def test_labels_near_a_whole_number_are_rounded_and_counted(
     source: Path, fresh_roots: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    label = (_image(3)[0] % 3).astype(np.float64)
+    label = (random_image(3)[0] % 3).astype(np.float64)
     near = label.copy()
     near[0, 0, :5] += 1e-4
     write_image(source / "labels/case1.nii.gz", near[None], GRID)

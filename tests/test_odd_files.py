@@ -10,39 +10,21 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
+from small_source import GRID, SHAPE, random_image
 
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.cli.predict import find_cases
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.checks import VOLUME_ENDINGS
 from nnunet_sam2.folders import VARIABLES
-from nnunet_sam2.geometry import Geometry
-from nnunet_sam2.volumes import read_stored, read_volume, write_image, write_label
-
-SHAPE = (4, 10, 12)
-GRID = Geometry(shape_zyx=SHAPE, spacing_xyz_mm=(1.25, 1.25, 5.0))
-
-
-def _image(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 200, (1, *SHAPE)).astype(np.int16)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """Two labelled cases and an unlabelled one."""
-    folder = tmp_path / "source"
-    for i in range(3):
-        write_image(folder / "images" / f"case{i}.nii.gz", _image(i), GRID)
-        if i < 2:
-            write_label(folder / "labels" / f"case{i}.nii.gz", (_image(9 + i)[0] % 3).astype(np.uint8), GRID)
-    return folder
+from nnunet_sam2.volumes import read_stored, read_volume, write_image
 
 
 def test_a_gzip_file_of_several_members_is_read_whole(tmp_path: Path) -> None:
-    write_image(tmp_path / "a.nii.gz", _image(0), GRID)
+    write_image(tmp_path / "a.nii.gz", random_image(0), GRID)
     raw = gzip.decompress((tmp_path / "a.nii.gz").read_bytes())
     (tmp_path / "b.nii.gz").write_bytes(gzip.compress(raw[:700]) + gzip.compress(raw[700:]))
-    assert np.array_equal(read_stored(tmp_path / "b.nii.gz")[0], _image(0))
+    assert np.array_equal(read_stored(tmp_path / "b.nii.gz")[0], random_image(0))
     whole = (tmp_path / "b.nii.gz").read_bytes()
     (tmp_path / "b.nii.gz").write_bytes(whole[: len(gzip.compress(raw[:700]))])
     with pytest.raises(InputError, match=r"b\.nii\.gz is cut off"):
@@ -50,7 +32,7 @@ def test_a_gzip_file_of_several_members_is_read_whole(tmp_path: Path) -> None:
 
 
 def test_a_compressed_file_without_the_ending_is_told_its_name(tmp_path: Path) -> None:
-    write_image(tmp_path / "a.nii.gz", _image(0), GRID)
+    write_image(tmp_path / "a.nii.gz", random_image(0), GRID)
     (tmp_path / "a.nii.gz").rename(tmp_path / "b.nii")
     with pytest.raises(InputError, match=r"compressed but not named so; call it b\.nii\.gz"):
         read_stored(tmp_path / "b.nii")
@@ -109,11 +91,11 @@ def test_colour_vectors_and_segments_are_refused_with_advice(tmp_path: Path) -> 
 
 
 def test_one_volume_in_four_axes_and_a_two_dimensional_file_are_read(tmp_path: Path) -> None:
-    nibabel.save(nibabel.Nifti1Image(_image(0)[0].T[..., None], np.diag([1, 2, 3, 1])), tmp_path / "one.nii.gz")
-    assert np.array_equal(read_volume([tmp_path / "one.nii.gz"]).array_czyx, _image(0))
-    nibabel.save(nibabel.Nifti1Image(_image(0)[0, 0].T, np.diag([1, 2, 3, 1])), tmp_path / "flat.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(random_image(0)[0].T[..., None], np.diag([1, 2, 3, 1])), tmp_path / "one.nii.gz")
+    assert np.array_equal(read_volume([tmp_path / "one.nii.gz"]).array_czyx, random_image(0))
+    nibabel.save(nibabel.Nifti1Image(random_image(0)[0, 0].T, np.diag([1, 2, 3, 1])), tmp_path / "flat.nii.gz")
     flat = read_volume([tmp_path / "flat.nii.gz"])
-    assert np.array_equal(flat.array_czyx, _image(0)[:, :1])
+    assert np.array_equal(flat.array_czyx, random_image(0)[:, :1])
     assert flat.geometry.spacing_xyz_mm[:2] == (1.0, 2.0)
 
 
@@ -142,7 +124,7 @@ def test_a_linked_image_is_read_and_what_cannot_be_read_is_named(
 
 
 def test_no_permission_is_named_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_image(tmp_path / "x.nii.gz", _image(0), GRID)
+    write_image(tmp_path / "x.nii.gz", random_image(0), GRID)
     open_path = Path.open
 
     def refuse(self: Path, *args: object, **options: object) -> object:
@@ -170,7 +152,7 @@ NAMES = ["a b", "-rf", "über", "x" * 121, "CON", "nul.x", "a.", "a+b", "case(1)
 def test_a_file_whose_name_cannot_be_a_case_is_refused_by_convert_and_predict(
     name: str, source: Path, fresh_roots: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_image(source / "images" / "new.nii.gz", _image(5), GRID)
+    write_image(source / "images" / "new.nii.gz", random_image(5), GRID)
     (source / "images" / "new.nii.gz").rename(source / "images" / f"{name}.nii.gz")
     assert main(["convert", str(source), "-d", "7", "-n", "T"]) == 2
     assert "cannot be a case id" in capsys.readouterr().err
