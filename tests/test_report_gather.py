@@ -22,6 +22,7 @@ from nnunet_sam2.rounds.decisions.holds import CaseHold, holds_to_json
 from nnunet_sam2.rounds.ledger import Ledger
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import run_folder
+from nnunet_sam2.storage import file_hash
 
 Stage = Callable[..., None]
 
@@ -74,6 +75,13 @@ def test_the_report_needs_neither_hidden_nor_test_labels(run: tuple[DatasetFolde
     text = path.read_text(encoding="utf-8")
     assert text.count('<script type="text/plain" id="px') == 5
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_label_files_have_their_hashes_where_the_path_of_the_results_has_dots(run: tuple[DatasetFolders, Path]) -> None:
+    folders, folder = run
+    files = RunFiles.open(folders, folder / ".." / folder.name)
+    shown = files.label_files(files.cohort.unlabelled[0])["last"]
+    assert files.hashes[shown] == file_hash(shown)
 
 
 def test_pictures_show_first_last_and_human_labels_and_the_story(run: tuple[DatasetFolders, Path]) -> None:

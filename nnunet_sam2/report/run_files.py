@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -116,7 +115,7 @@ class RunFiles:
     def hashes(self) -> dict[Path, str]:
         """Return the hash that the ledger has of each file that a stage wrote last."""
         return {
-            Path(os.path.normpath(self.folder / name)): sha256
+            self.folder / name: sha256
             for event in self.done.values()
             for name, sha256 in event["files"].items()
         }
