@@ -178,6 +178,15 @@ def test_a_case_is_handed_over_with_all_that_an_editor_needs_and_found_again(
     assert main(["review", "-d", "501", "--case", NAME]) == 2
 
 
+def test_a_file_of_another_program_beside_the_label_is_not_taken_for_ours(drawn: tuple[Path, Path]) -> None:
+    raw, path = drawn
+    for written in ("[]", "{", '{"dataset": "Dataset001_Other", "case": "subject_004"}'):
+        (path.parent / "export.json").write_text(written)
+        assert take_in(raw, [path], replace=True)[0][0] == NAME
+        with pytest.raises(InputError, match="begins this name"):
+            find_case(Cohort.load(raw), path.parent / "Segmentation.nii.gz")
+
+
 def test_colour_tables_are_as_the_editors_write_them() -> None:
     colours = {1: ("left lung", (255, 138, 61)), 2: ('a "b"', (67, 180, 255))}
     assert itksnap_labels(colours).splitlines()[5:] == [

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from dataclasses import replace as with_values
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -94,11 +95,9 @@ def find_case(cohort: Cohort, path: Path) -> Case:
     fitting = [name for name in ids if stem.startswith(name) and re.match(r"[^A-Za-z0-9]", stem[len(name) :])]
     if fitting:
         return ids[max(fitting, key=len)]
-    record = path.parent / EXPORT_FILE
-    if record.is_file():
-        value = read_json(record)
-        if isinstance(value, dict) and value.get("dataset") == cohort.name and value.get("case") in ids:
-            return ids[value["case"]]
+    exported = _exported(cohort, path)
+    if exported.get("case") in ids:
+        return ids[exported["case"]]
     raise InputError(f"{path}: no case of {cohort.name} begins this name; say whose label it is with --case CASE")
 
 
@@ -140,18 +139,22 @@ def _check(
         )
     if not np.isin(label_zyx, values or cohort.class_values).any() and not allow_empty:
         raise InputError(f"{path} shows none of the classes; if case {name} has none of them, give --allow-empty")
-    _refuse_unchanged(path, label_zyx)
-    return _Checked(case=case, path=path, label_zyx=label_zyx)
-
-
-def _refuse_unchanged(path: Path, label_zyx: np.ndarray) -> None:
-    """Refuse the machine's own label: it would come back as a human one."""
-    record = path.parent / EXPORT_FILE
-    if record.is_file() and read_json(record).get("voxels") == voxel_hash(label_zyx):
+    # The machine's own label would come back as a human one.
+    if _exported(cohort, path).get("voxels") == voxel_hash(label_zyx):
         raise InputError(
             f"{path} is as it was handed over, no voxel was corrected; if it is right, accept it in the page of "
             "nnunet_sam2 review"
         )
+    return _Checked(case=case, path=path, label_zyx=label_zyx)
+
+
+def _exported(cohort: Cohort, path: Path) -> dict[str, Any]:
+    """Return what stands in the folder of ``path`` of the case that was handed over in it; nothing elsewhere."""
+    try:
+        value = read_json(path.parent / EXPORT_FILE)
+    except InputError:
+        return {}  # none, or another program's
+    return value if isinstance(value, dict) and value.get("dataset") == cohort.name else {}
 
 
 def _enter(cohort: Cohort, checked: _Checked, values: tuple[int, ...] | None) -> tuple[Cohort, Path]:
