@@ -73,14 +73,7 @@ class RunOptions:
             raise InputError("--pseudo-per-batch must lie between 0 and 1")
         if self.branch is not None and not re.fullmatch(r"[A-Za-z0-9]+", self.branch):
             raise InputError(f"--branch {self.branch}: use letters and digits")
-        for name in (
-            "mean_change",
-            "worst_tenth_change",
-            "validation_drop",
-            "least_quality",
-            "empty_rise",
-            "oscillation",
-        ):
+        for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{name.replace('_', '-')} must lie between 0 and 1")
         if self.volume_drift <= 1:
@@ -182,7 +175,6 @@ def describe_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
 _FLAGS = {
     "configuration": "-c",
     "fold": "-f",
-    "final_epochs": "--final-epochs",
     "num_epochs": "--epochs",
     "num_iterations_per_epoch": "--iterations",
     "round_limit": "--rounds",
