@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     parts = [path for name in runs for path in parts_of_run(folders, name)]
     if runs and not args.yes:
         for path in parts:
-            say(f"would delete {path} ({readable(folder_bytes(path) if path.is_dir() else path.stat().st_size)})")
+            say(f"would delete {path} ({readable(folder_bytes(path))})")
         raise InputError(f"deleting {', '.join(runs)} cannot be undone; give --yes to do it")
     removed = clean(folders, embeddings=not args.keep_embeddings, runs=runs)
     for removal in removed:

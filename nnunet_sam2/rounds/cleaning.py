@@ -79,7 +79,7 @@ def _configurations(folder: Path) -> list[str]:
 def _temporary(folders: DatasetFolders) -> Removal:
     roots = [root for root in (folders.preprocessed, folders.results) if root.is_dir()]
     found = [path for root in roots for path in root.rglob(f"{TEMPORARY_MARK}*")]
-    count = sum(folder_bytes(path) if path.is_dir() else path.stat().st_size for path in found)
+    count = sum(map(folder_bytes, found))
     removed = [path for root in roots for path in remove_temporary_files(root)]
     return Removal(what="temporary files", paths=tuple(removed), count=count)
 
@@ -98,7 +98,7 @@ def _remove_run(folders: DatasetFolders, name: str) -> Removal:
 
 def _remove(what: str, paths: Sequence[Path]) -> Removal:
     there = [path for path in paths if path.exists()]
-    count = sum(folder_bytes(path) if path.is_dir() else path.stat().st_size for path in there)
+    count = sum(map(folder_bytes, there))
     for path in there:
         if path.is_dir():
             shutil.rmtree(path)

@@ -181,9 +181,9 @@ def require_room(folder: Path, needed: int, *, what: str) -> None:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the bytes of all files under a folder; 0 where there is none."""
+    """Return the bytes of all files under a folder, or of a file; 0 where there is none."""
     found = 0
-    for path in folder.rglob("*"):
+    for path in (folder, *folder.rglob("*")):
         with contextlib.suppress(OSError):  # another process may remove what was just listed
             found += path.stat().st_size if path.is_file() else 0
     return found
