@@ -13,6 +13,7 @@ from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.fusion import fuse
 from nnunet_sam2.labelling.leave_one_out import dice_by_class
+from nnunet_sam2.labelling.strategies.transfer import memory as memory_module
 from nnunet_sam2.labelling.strategies.transfer.memory import Place, SupportMemory, slice_features
 from nnunet_sam2.labelling.strategies.transfer.nearest import nearest
 from nnunet_sam2.labelling.strategies.transfer.strategy import Transfer, TransferOptions
@@ -57,6 +58,19 @@ def test_nearly_all_neighbours_of_embeddings_are_found(
     # Where the nearest is the same, distances are those of the exact search but for the 16 bits.
     same = found[:, 0] == exact[:, 0]
     assert (found_excess[same][:, -1] >= excess[same][:, -1] - 0.02).all()
+
+
+def test_slices_that_were_let_go_are_not_read_again_to_say_whose_rows_are_whose(
+    supports: list[Support], values: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = SupportMemory(supports, values)
+    rows = [len(memory.rows([number])[0]) for number in memory.slices]
+    monkeypatch.setattr(memory_module, "_KEPT_LOCATIONS", 0)
+    owners = memory.owners(memory.slices)
+    of_slices = [s for s, support in enumerate(supports) for _ in support.frames.slices_first(support.label_zyx)]
+    assert owners.tolist() == [s for s, count in zip(of_slices, rows, strict=True) for _ in range(count)]
+    monkeypatch.setattr(memory_module, "slice_features", lambda *anything: pytest.fail("read again"))
+    assert torch.equal(memory.owners(memory.slices), owners)
 
 
 def test_a_large_clustered_memory_is_searched_in_a_small_part_with_little_loss() -> None:

@@ -77,6 +77,7 @@ class SupportMemory:
         self._all_rows: tuple[torch.Tensor, torch.Tensor] | None = None
         self._indices: dict[Place, ApproximateNearest] = {}
         self._latest: tuple[tuple[int, ...], torch.Tensor, torch.Tensor] | None = None
+        self._counts: dict[int, int] = {}
 
     def choose(
         self, descriptor_f: torch.Tensor, depth: float, entries: int, *, without: int | None = None
@@ -107,7 +108,8 @@ class SupportMemory:
 
     def owners(self, slices: Sequence[int]) -> torch.Tensor:
         """Return of which support, by its place in the list, each row of `rows` is, (M,)."""
-        return torch.cat([torch.full((len(self._slice(number)[0]),), self._origin[number][0]) for number in slices])
+        owner_n = torch.tensor([self._origin[number][0] for number in slices])
+        return owner_n.repeat_interleave(torch.tensor([self._count(number) for number in slices]))
 
     def search_among(
         self, slices: Sequence[int], query_pf: torch.Tensor, place: Place, count: int
@@ -157,11 +159,12 @@ class SupportMemory:
         def entries(numbers_u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             features, labels, start = [], [], 0
             for number in slices:
-                features_p4f, labels_p4c = self._slice_quarters(number)
-                stop = start + len(features_p4f)
+                stop = start + self._count(number)
                 mine = numbers_u[(numbers_u >= start) & (numbers_u < stop)] - start
-                features.append(features_p4f[mine])
-                labels.append(labels_p4c[mine])
+                if len(mine):
+                    features_p4f, labels_p4c = self._slice_quarters(number)
+                    features.append(features_p4f[mine])
+                    labels.append(labels_p4c[mine])
                 start = stop
             return torch.cat(features), torch.cat(labels)
 
@@ -202,6 +205,12 @@ class SupportMemory:
     def _judged(self, number: int) -> torch.Tensor:
         s, n = self._origin[number]
         return torch.from_numpy(self._soft_labels(s)[n].reshape(len(self._class_values) + 1, -1).T.copy())
+
+    def _count(self, number: int) -> int:
+        """Return how many rows a slice has; kept, for its rows themselves may have been let go."""
+        if number not in self._counts:
+            self._counts[number] = len(self._slice(number)[0])
+        return self._counts[number]
 
     def _slice(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         found = self._slices.get(number)
