@@ -97,15 +97,14 @@ def confidence_features(label_zyx: np.ndarray, prob_czyx: np.ndarray, channel: i
         "inside": float(prob_zyx[mask_zyx].mean(dtype=np.float64)),
         "rim": _rim(mask_zyx[crop], core_zyx, prob_zyx[crop]),
         "stability": 2.0 * sure / total,
-        **shape_features(mask_zyx),
+        **_shape(mask_zyx[crop], core_zyx),
     }
 
 
 def shape_features(mask_zyx: np.ndarray) -> dict[str, float]:
     """Compute what the shape of a class says by itself; the mask must not be empty."""
     mask_zyx = mask_zyx[_around(mask_zyx)]
-    core = int(np.count_nonzero(_core(mask_zyx))) / int(np.count_nonzero(mask_zyx))
-    return {"smoothness": _smoothness(mask_zyx), "core": core}
+    return _shape(mask_zyx, _core(mask_zyx))
 
 
 def member_features(pseudo: PseudoLabel, class_values: Sequence[int]) -> dict[int, dict[str, float | None]]:
@@ -154,6 +153,11 @@ def _around(mask_zyx: np.ndarray) -> tuple[slice, ...]:
     """Return the box around a mask with a margin that blurring and dilation need."""
     extent = [np.flatnonzero(mask_zyx.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
     return tuple(slice(max(0, int(e[0]) - _MARGIN), int(e[-1]) + 1 + _MARGIN) for e in extent)
+
+
+def _shape(mask_zyx: np.ndarray, core_zyx: np.ndarray) -> dict[str, float]:
+    share = int(np.count_nonzero(core_zyx)) / int(np.count_nonzero(mask_zyx))
+    return {"smoothness": _smoothness(mask_zyx), "core": share}
 
 
 def _core(mask_zyx: np.ndarray) -> np.ndarray:
