@@ -81,6 +81,8 @@ def test_a_rejected_class_is_shown_again_when_a_round_has_made_a_newer_label(cli
     client.decide("subject_003", "reject", 1, 2)
     assert client.state()["newer"] is False
     cohort = Cohort.load(run[0].raw)
+    Ledger(client.run).append("started", stage="r03/train", key="", inputs={})
+    assert client.state()["newer"] is False  # the run goes on, but its labels are the same
     add_labels(Ledger(client.run), cohort, 3, fused_record("subject_003", "subject_004", 3))
     assert client.state()["newer"] is True
     status, answer = client.decide("subject_003", "accept", 1, label="ab" * 32)

@@ -12,7 +12,6 @@ from typing import Any
 from nnunet_sam2.cohort.cohort import Cohort, Role
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
-from nnunet_sam2.labelling.explain.cases import class_names
 from nnunet_sam2.report.account import RunAccount
 from nnunet_sam2.report.gather import gather
 from nnunet_sam2.report.page import Pictures, ReviewPage, render
@@ -67,7 +66,7 @@ class ReviewSession:
             return {
                 "cases": self._cases(),
                 "undo": self._undo_text(),
-                "newer": self._seen.mark != self._mark(),
+                "newer": self._newer(),
             }
 
     def decide(self, *, case_id: str, decision: str, classes: Sequence[int], label: str) -> dict[str, Any]:
@@ -111,30 +110,29 @@ class ReviewSession:
         status = (self.run / LEDGER_FILE).stat()
         return status.st_mtime_ns, status.st_size
 
+    def _newer(self) -> bool:
+        """Say whether the run has other labels than those that are shown; most of what it enters leaves them alone."""
+        if self._seen.mark == self._mark():
+            return False
+        return _labels(RunFiles.open(self.folders, self.run)) != self._seen.labels
+
     def _read(self) -> _Seen:
         mark = self._mark()
         files = RunFiles.open(self.folders, self.run)
         account = gather(files)
-        labels = {}
-        for case in files.cohort.unlabelled:
-            shown = files.label_files(case)
-            path = shown.get("last", shown.get("first"))
-            if path is not None and path in files.hashes:
-                labels[case.case_id] = (path, files.hashes[path])
         return _Seen(
             mark=mark,
             files=files,
             account=account,
             pictures=pictures_of(files, account, self._most_pictures),
             signs=signs_of_run(files, account),
-            labels=labels,
+            labels=_labels(files),
         )
 
     def _cases(self) -> dict[str, dict[str, Any]]:
         """Say of every case that has a label what stands, what is open, and what looking at that is worth."""
         decided = standing(self._decisions.lines)
         cohort = Cohort.load(self.folders.raw)
-        names = {int(value): name for value, name in class_names(cohort).items()}
         found = {}
         for name, (_, label) in self._seen.labels.items():
             decisions = decided.get(name, CaseDecisions())
@@ -148,7 +146,7 @@ class ReviewSession:
                         signs[value] = Signs(again=True)
                     elif rejected is None and value not in decisions.accepted and value not in drawn:
                         signs[value] = own
-            found[name] = (rank_case(signs, names), decisions, label, drawn)
+            found[name] = (rank_case(signs, self._seen.account.class_names), decisions, label, drawn)
         ranks = {name: rank for name, (rank, *_) in found.items()}
         return {name: _case(*found[name]) for name in in_order(ranks)}
 
@@ -165,6 +163,17 @@ class ReviewSession:
             raise InputError(f"{path} has changed since it was shown; load the page again")
         with atomic_path(kept) as temporary:
             shutil.copyfile(path, temporary)
+
+
+def _labels(files: RunFiles) -> dict[str, tuple[Path, str]]:
+    """Find the newest label file of each case that the run labels, and its hash."""
+    labels = {}
+    for case in files.cohort.unlabelled:
+        shown = files.label_files(case)
+        path = shown.get("last", shown.get("first"))
+        if path is not None and path in files.hashes:
+            labels[case.case_id] = (path, files.hashes[path])
+    return labels
 
 
 def _case(rank: Rank, decisions: CaseDecisions, label: str, drawn: set[int]) -> dict[str, Any]:
