@@ -63,6 +63,10 @@ def test_more_than_the_header_promises_is_refused_without_being_held(tmp_path: P
     ("name", "head"),
     [
         ("x.mha", "NDims = 3\nDimSize = 1 1 1\nElementType = MET_UCHAR\nElementDataFile = {}\n"),
+        (
+            "x.mha",
+            "NDims = 3\nDimSize = 1 1 1\nElementType = MET_UCHAR\nElementDataFile: {} =\nElementDataFile = LOCAL\n",
+        ),
         ("x.nrrd", "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 1 1 1\nencoding: raw\ndata file: {}\n\n"),
     ],
 )
@@ -72,6 +76,14 @@ def test_a_header_cannot_have_another_file_read(name: str, head: str, tmp_path: 
         (tmp_path / name).write_text(head.format(target))
         with pytest.raises(InputError, match="voxels in another file"):
             read_stored(tmp_path / name)
+
+
+def test_a_long_header_does_not_hide_the_name_of_another_file(tmp_path: Path) -> None:
+    (tmp_path / "secret.raw").write_bytes(b"\7")
+    head = "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 1 1 1\nencoding: raw\n" + "# x\n" * (1 << 15)
+    (tmp_path / "x.nrrd").write_text(head + "data file: secret.raw\n\n")
+    with pytest.raises(InputError, match="header has no end"):
+        read_stored(tmp_path / "x.nrrd")
 
 
 def test_colour_vectors_and_segments_are_refused_with_advice(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ every reader that stops before the checksum. So files are checked here, byte for
 
 from __future__ import annotations
 
+import math
+import re
 import zlib
 from pathlib import Path
 
@@ -106,7 +108,10 @@ def _check_nrrd(path: Path) -> None:
     """Refuse a header that names other files: what is read must be what was given."""
     with path.open("rb") as handle:
         head = handle.read(_HEADER_BYTES)
-    for line in head.split(b"\n\n")[0].splitlines():
+    end = re.search(rb"\n\r?\n", head)
+    if end is None and len(head) == _HEADER_BYTES:
+        raise InputError(f"{path} is named like NRRD but its header has no end; get the file again")
+    for line in head[: end and end.start()].splitlines():
         if line.lower().replace(b" ", b"").startswith(b"datafile:"):
             raise InputError(f"{path} keeps its voxels in another file; save header and voxels in one .nrrd")
 
@@ -118,10 +123,11 @@ def _check_meta_image(path: Path) -> None:
     position = 0
     while "ElementDataFile" not in fields:
         end = head.find(b"\n", position)
-        name, separator, value = head[position:end].decode("latin-1").partition("=")
-        if end < 0 or not separator:
+        # As MetaIO does: a colon ends a name as well.
+        name, *value = re.split("[=:]", head[position:end].decode("latin-1"), maxsplit=1)
+        if end < 0 or not value:
             raise InputError(f"{path} is named like MetaImage but has no such header; get the file again")
-        fields[name.strip()] = value.strip()
+        fields[name.strip()] = value[0].strip()
         position = end + 1
     if fields["ElementDataFile"] != "LOCAL":
         # What is read must be what was given: the header could name any file of this machine.
@@ -141,9 +147,7 @@ def _check_meta_image(path: Path) -> None:
             f"{path} has a damaged MetaImage header (size {lengths}, {dimension} axes, {channels} channels); copy or "
             "download it again"
         )
-    promised = element * channels
-    for length in lengths:
-        promised *= length
+    promised = element * channels * math.prod(lengths)
     found = path.stat().st_size - position
     if fields.get("CompressedData", "False").lower() == "true":
         found = _inflated_size(path, position, promised)
