@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from nnunet_sam2.cli.main import main
@@ -132,9 +133,10 @@ def test_features_that_the_disk_has_no_room_for_are_not_kept_and_labelling_goes_
     cohort = Cohort.load(fresh_dataset.raw)
     run = RunContext(folders=fresh_dataset, cohort=cohort, options=options, ledger=Ledger(folder), folder=folder)
     monkeypatch.setattr(disk, "free_bytes", lambda folder: disk.RESERVE + 1000)
-    frames = load_query(cohort, cohort.unlabelled[0], run.backend, slice_axis=0).embeddings
-    assert len(frames) == cohort.unlabelled[0].geometry.shape_zyx[0]
-    assert "features are not kept on disk" in capsys.readouterr().out
+    for backend in (run.backend, run.cpu_backend(like=run.backend)):
+        frames = load_query(cohort, cohort.unlabelled[0], backend, slice_axis=0).embeddings
+        assert len(frames) == cohort.unlabelled[0].geometry.shape_zyx[0]
+        assert "features are not kept on disk" in capsys.readouterr().out
     assert not list(fresh_dataset.results.rglob("*.safetensors"))
 
 
@@ -225,6 +227,14 @@ def test_a_number_that_was_given_to_another_process_is_not_taken_for_the_owner()
     this = Owner.this()
     assert this.is_alive
     assert not Owner(pid=this.pid, host=this.host, started=this.started - 100).is_alive
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where the clock is set anew, psutil tells other times on Linux")
+def test_a_clock_that_is_set_anew_does_not_make_the_owner_look_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    this, booted = Owner.this(), psutil.boot_time()
+    monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: booted + 3600)
+    assert Owner.this().started == pytest.approx(this.started + 3600)
+    assert this.is_alive
 
 
 def test_a_killed_owner_is_named_and_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

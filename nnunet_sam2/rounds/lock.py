@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -31,6 +31,8 @@ class Owner:
     host: str
     started: float
     """Start of the process, so that another one with its number is not taken for it."""
+    booted: float = field(default_factory=psutil.boot_time)
+    """Start of the machine; both are moved, each time they are asked for, when the clock is set anew."""
 
     @classmethod
     def this(cls) -> Owner:
@@ -42,7 +44,12 @@ class Owner:
         """Read who entered itself; None where nobody did or the entry is damaged."""
         try:
             value = read_json(path)
-            return cls(pid=int(value["pid"]), host=str(value["host"]), started=float(value["started"]))
+            return cls(
+                pid=int(value["pid"]),
+                host=str(value["host"]),
+                started=float(value["started"]),
+                booted=float(value.get("booted", psutil.boot_time())),
+            )
         except (InputError, KeyError, TypeError, ValueError):
             return None
 
@@ -56,7 +63,9 @@ class Owner:
         """Return whether it runs on this machine."""
         try:
             process = psutil.Process(self.pid)
-            return abs(process.create_time() - self.started) < 1 and process.status() != psutil.STATUS_ZOMBIE
+            after_boot = process.create_time() - psutil.boot_time()
+            same = abs(after_boot - (self.started - self.booted)) < 1
+            return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,8 @@ import time
 from collections.abc import Iterator
 
 import psutil
+
+from nnunet_sam2.rounds.lock import Owner
 
 GRACE_SECONDS = 4.0
 """Time that processes get to end by themselves before they are killed."""
@@ -27,7 +30,7 @@ PARENT, LOG = "NNUNET_SAM2_PARENT", "NNUNET_SAM2_LOG"
 
 def mark(log: str) -> dict[str, str]:
     """Return the environment variables that mark a child of this process."""
-    return {PARENT: _identity(psutil.Process()), LOG: log}
+    return {PARENT: json.dumps(vars(Owner.this())), LOG: log}
 
 
 def end_tree(child: subprocess.Popen[bytes]) -> None:
@@ -45,7 +48,7 @@ def end_tree(child: subprocess.Popen[bytes]) -> None:
 
 
 def end_orphans(log: str) -> int:
-    """Kill what works for a parent that is dead and holds ``log`` open; return how many processes that were."""
+    """Kill what works for a parent that is dead and was started on ``log``; return how many processes that were."""
     ended = 0
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -114,14 +117,8 @@ def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:
         os.killpg(child.pid, number)
 
 
-def _identity(process: psutil.Process) -> str:
-    return f"{process.pid}@{process.create_time():.2f}"
-
-
-def _is_alive(identity: str) -> bool:
-    """Say whether the very process lives: a number that was given to another one since does not count."""
+def _is_alive(parent: str) -> bool:
     try:
-        process = psutil.Process(int(identity.split("@")[0]))
-        return _identity(process) == identity and process.status() != psutil.STATUS_ZOMBIE
-    except (psutil.Error, ValueError):
+        return Owner(**json.loads(parent)).is_alive
+    except (TypeError, ValueError):
         return False
