@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from nnunet_sam2.errors import InputError, NnunetSam2Error, StageError
+from nnunet_sam2.files.gzipped import open_stream
 from nnunet_sam2.storage import atomic_folder
 
 ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -104,7 +105,7 @@ def _entries(archive: Path, limits: Limits) -> Iterator[list[_Entry]]:
             with zipfile.ZipFile(archive) as opened:
                 yield list(_zip_entries(archive, opened, limits))
         else:
-            with _tar_stream(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as opened:
+            with open_stream(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as opened:
                 entries = list(_tar_entries(archive, opened, limits))
                 _check_tar_end(archive, opened, stream)
                 yield entries
@@ -124,14 +125,6 @@ def _entries(archive: Path, limits: Limits) -> Iterator[list[_Entry]]:
         raise InputError(f"{archive} is damaged or no archive ({e}); copy or download it again") from None
     except OSError as error:
         raise StageError(f"{archive} could not be unpacked ({error}); nothing was left behind") from None
-
-
-@contextmanager
-def _tar_stream(archive: Path) -> Iterator[IO[bytes]]:
-    with archive.open("rb") as handle:
-        zipped = handle.read(2) == b"\x1f\x8b"
-    with gzip.open(archive) if zipped else archive.open("rb") as stream:
-        yield stream  # type: ignore[misc]
 
 
 def _zip_entries(archive: Path, opened: zipfile.ZipFile, limits: Limits) -> Iterator[_Entry]:

@@ -8,21 +8,19 @@ user's `ReadPolicy` says so; what is left means the same to SimpleITK, nibabel a
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.files.gzipped import is_gzipped, open_stream
 from nnunet_sam2.files.nifti_placement import UNIT_MM, placement_of
 from nnunet_sam2.files.repairs import ERROR, STRICT, ReadPolicy, Repairs
 from nnunet_sam2.geometry import Geometry
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 SURPLUS_BYTES = 1 << 20
 """How much more than its header promises a file may hold."""
@@ -52,7 +50,7 @@ class NiftiFacts:
 def check_nifti(path: Path, policy: ReadPolicy = STRICT) -> NiftiFacts:
     """Read a file from end to end, in bounded memory, and refuse one that is damaged or can be read in two ways."""
     try:
-        with _stream(path) as stream:
+        with open_stream(path) as stream:
             if isinstance(stream, gzip.GzipFile) and not path.name.lower().endswith(".gz"):
                 raise InputError(f"{path} is compressed but not named so; call it {path.name}.gz")
             head = stream.read(600)
@@ -71,7 +69,7 @@ def read_values(path: Path) -> np.ndarray:
     """Read a checked file's values, NaN and infinite ones as they are, axes reversed as SimpleITK has them."""
     import nibabel
 
-    with _stream(path) as stream:
+    with open_stream(path) as stream:
         raw = stream.read()
     header = read_header(path, raw[:600])
     kind = nibabel.Nifti1Image if isinstance(header, nibabel.Nifti1Header) else nibabel.Nifti2Image
@@ -126,20 +124,11 @@ def read_header(path: Path, start: bytes) -> Any:
 
 def is_plain_nifti_gz(path: Path) -> bool:
     """Say whether a file is a gzipped three-dimensional NIfTI in millimetres, which nnU-Net can take as it is."""
-    with path.open("rb") as handle:
-        if not path.name.lower().endswith(".nii.gz") or handle.read(2) != b"\x1f\x8b":
-            return False
-    with _stream(path) as stream:
+    if not path.name.lower().endswith(".nii.gz") or not is_gzipped(path):
+        return False
+    with open_stream(path) as stream:
         header = read_header(path, stream.read(600))
     return int(header["dim"][0]) == 3
-
-
-@contextmanager
-def _stream(path: Path) -> Iterator[IO[bytes]]:
-    with path.open("rb") as handle:
-        zipped = handle.read(2) == b"\x1f\x8b"
-    with gzip.open(path) if zipped else path.open("rb") as stream:
-        yield stream  # type: ignore[misc]
 
 
 def _check_fields(path: Path, header: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -185,10 +174,8 @@ def _read_to_the_end(
         raise InputError(f"{path} has a damaged header: its voxels begin at byte {begin:g}; copy or download it again")
     offset = int(begin)
     # In exact arithmetic: a header may promise more than 64 bits can count.
-    values = 1
-    for length in shape:
-        values *= length
-    promised = offset + values * dtype.itemsize
+    voxel_bytes = math.prod(shape) * dtype.itemsize
+    promised = offset + voxel_bytes
     if not isinstance(stream, gzip.GzipFile) and path.stat().st_size < promised:
         _refuse_short(path, promised, path.stat().st_size)
     nan = infinite = 0
@@ -197,12 +184,12 @@ def _read_to_the_end(
     if position < offset:
         position += len(stream.read(offset - position))
     seen = 0
-    while seen < values * dtype.itemsize:
+    while seen < voxel_bytes:
         chunk = rest + stream.read(_CHUNK_VALUES * dtype.itemsize - len(rest))
         position += len(chunk) - len(rest)
         if not chunk:
             break
-        whole = min(len(chunk), values * dtype.itemsize - seen) // dtype.itemsize * dtype.itemsize
+        whole = min(len(chunk), voxel_bytes - seen) // dtype.itemsize * dtype.itemsize
         if not whole:
             break
         if dtype.kind == "f":
