@@ -9,7 +9,6 @@ from typing import Any
 
 from nnunet_sam2.cohort.cohort import Case, Cohort, Role
 from nnunet_sam2.files.checks import PICTURE_ENDINGS
-from nnunet_sam2.labelling.explain.cases import class_names
 from nnunet_sam2.provenance import provenance
 from nnunet_sam2.report.account import CaseAccount, ClassQuality, Cost, Provenance, RoundAccount, RunAccount
 from nnunet_sam2.report.run_files import Json, RunFiles
@@ -48,7 +47,7 @@ def gather(files: RunFiles) -> RunAccount:
         dataset=files.folders.name,
         run=files.folder.name,
         folder=f"$nnUNet_results/{files.folder.relative_to(files.folders.results.parent)}",
-        class_names={int(value): name for value, name in class_names(cohort).items()},
+        class_names=files.class_names,
         rounds=tuple(_rounds(files)),
         cases=tuple(_cases(files, records)),
         stop_reason=state.stop_reason,
@@ -239,7 +238,7 @@ def _word(files: RunFiles, case_id: str) -> str:
     hold = files.holds.get(case_id)
     if hold is None or hold.taken_out:
         return ""  # why a case is left out stands with it
-    names = {int(value): name for value, name in class_names(files.cohort).items()}
+    names = files.class_names
     drawn = () if hold.human is None else (hold.human.classes or ("every class",))
     parts = {"drawn by hand": drawn, "accepted": hold.accepted, "rejected": hold.rejected}
     return "; ".join(
@@ -250,7 +249,7 @@ def _word(files: RunFiles, case_id: str) -> str:
 
 
 def _reviews(files: RunFiles) -> Iterator[str]:
-    names = {int(value): name for value, name in class_names(files.cohort).items()}
+    names = files.class_names
     for event in files.events:
         if event["event"] != "review":
             continue

@@ -11,6 +11,7 @@ from typing import Any
 from nnunet_sam2.cohort.cohort import Case, Cohort, Role
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.labelling.explain.cases import class_names
 from nnunet_sam2.labelling.records import record_path
 from nnunet_sam2.rounds.decisions.holds import CaseHold, holds_from_json
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
@@ -114,11 +115,12 @@ class RunFiles:
     @cached_property
     def hashes(self) -> dict[Path, str]:
         """Return the hash that the ledger has of each file that a stage wrote last."""
-        return {
-            self.folder / name: sha256
-            for event in self.done.values()
-            for name, sha256 in event["files"].items()
-        }
+        return {self.folder / name: sha256 for event in self.done.values() for name, sha256 in event["files"].items()}
+
+    @cached_property
+    def class_names(self) -> dict[int, str]:
+        """Return the names of the classes, by value."""
+        return {int(value): name for value, name in class_names(self.cohort).items()}
 
     @cached_property
     def holds(self) -> dict[str, CaseHold]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from nnunet_sam2.cohort.cohort import Case, Cohort, Role
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.labelling.explain.cases import class_names
 from nnunet_sam2.report.run_files import RunFiles
 from nnunet_sam2.rounds.decisions.record import REVIEW_FOLDER
 from nnunet_sam2.storage import atomic_folder, write_json, write_text
@@ -75,14 +76,8 @@ def hand_over(folders: DatasetFolders, run: Path, case_id: str, *, out: Path | N
 
 def colours_of(cohort: Cohort) -> dict[int, tuple[str, tuple[int, int, int]]]:
     """Name each label value of a cohort and give it a colour; a value of several regions has their names."""
-    names: dict[int, list[str]] = {}
-    for name, value in cohort.labels.items():
-        for number in value if isinstance(value, list) else [value]:
-            names.setdefault(number, []).append(name)
-    found = {
-        value: ("+".join(names.get(value, [str(value)])), COLOURS[n % len(COLOURS)])
-        for n, value in enumerate(cohort.class_values)
-    }
+    names = class_names(cohort)
+    found = {value: (names[str(value)], COLOURS[n % len(COLOURS)]) for n, value in enumerate(cohort.class_values)}
     if cohort.ignore_value is not None:
         found[cohort.ignore_value] = ("ignore", _GREY)
     return found

@@ -11,17 +11,15 @@ from nnunet_sam2.report.gather import voxel_size
 from nnunet_sam2.report.run_files import RunFiles
 from nnunet_sam2.review.order import Signs, unlikeness
 
-SignsOfRun = Mapping[str, Mapping[int, Signs]]
-"""Case id -> class value -> signs; classes of which nothing is drawn or missed are absent."""
-
 
 def signs_of_run(files: RunFiles, account: RunAccount) -> dict[str, dict[int, Signs]]:
-    """Gather the signs of every case that the run labels."""
+    """Gather the signs of every case that the run labels, by class; one that is neither drawn nor missed is absent."""
     known = _labelled_volumes(files, account)
     found = {}
     for case in account.unlabelled:
-        record = files.record(files.cohort.case(case.case_id)) or {}
-        size = voxel_size(files.cohort, files.cohort.case(case.case_id))
+        known_case = files.cohort.case(case.case_id)
+        record = files.record(known_case) or {}
+        size = voxel_size(files.cohort, known_case)
         found[case.case_id] = {
             q.value: Signs(
                 doubt=None if q.estimate is None else 1.0 - q.estimate,
