@@ -75,7 +75,7 @@ def holds_of(
             continue
         human = case.added if case.patient not in held_out_patients else None
         decisions = decided.get(case.case_id, CaseDecisions())
-        answered = set(cohort.class_values if human and human.classes is None else (human and human.classes) or ())
+        answered = set(human.classes or cohort.class_values) if human else set()
         hold = CaseHold(
             taken_out=decisions.taken_out,
             accepted={value: label for value, label in decisions.accepted.items() if value not in answered},

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -145,17 +145,19 @@ def value_hash_of(line: Line) -> str:
     return str(line.to_json()["hash"])
 
 
-def standing(lines: Iterable[Line]) -> dict[str, CaseDecisions]:
+def counting(lines: Sequence[Line]) -> list[Line]:
+    """Return the lines that count: what was undone does not, nor what undid it."""
+    undone = {line.undoes for line in lines}
+    return [line for line in lines if line.decision is not Decision.UNDO and line.number not in undone]
+
+
+def standing(lines: Sequence[Line]) -> dict[str, CaseDecisions]:
     """Fold lines into what stands for each case: the last word counts, without what was undone.
 
     To accept or reject a class of a case that was taken out brings the case back.
     """
-    lines = list(lines)
-    undone = {line.undoes for line in lines if line.decision is Decision.UNDO}
     cases: dict[str, tuple[bool, dict[int, str], dict[int, str]]] = {}
-    for line in lines:
-        if line.number in undone or line.decision is Decision.UNDO:
-            continue
+    for line in counting(lines):
         taken_out, accepted, rejected = cases.get(line.case_id, (False, {}, {}))
         if line.decision is Decision.TAKE_OUT:
             taken_out = True
@@ -226,11 +228,11 @@ class DecisionFile(AbstractContextManager["DecisionFile"]):
         whole = self.path.stat().st_size if self.path.is_file() else 0
         try:
             with self.path.open("ab") as handle:
-                handle.write((json.dumps(line.to_json(), ensure_ascii=False) + "\n").encode("utf-8"))
+                handle.write(_written(line))
                 handle.flush()
                 os.fsync(handle.fileno())
         except OSError as error:
-            if self.path.is_file():
+            with suppress(OSError):
                 os.truncate(self.path, whole)
             raise StageError(f"{self.path} could not be written ({error}); nothing was decided") from None
         self.lines.append(line)
@@ -239,13 +241,15 @@ class DecisionFile(AbstractContextManager["DecisionFile"]):
     @property
     def last_that_counts(self) -> Line | None:
         """Return the last line that was not undone, which undo takes back."""
-        undone = {line.undoes for line in self.lines}
-        counting = [x for x in self.lines if x.decision is not Decision.UNDO and x.number not in undone]
-        return counting[-1] if counting else None
+        return next(reversed(counting(self.lines)), None)
 
     def _write_anew_if_cut_short(self) -> None:
         if not self.path.is_file():
             return
-        whole = "".join(json.dumps(line.to_json(), ensure_ascii=False) + "\n" for line in self.lines)
-        if self.path.read_bytes() != whole.encode("utf-8"):
-            write_text(self.path, whole)
+        whole = b"".join(_written(line) for line in self.lines)
+        if self.path.read_bytes() != whole:
+            write_text(self.path, whole.decode("utf-8"))
+
+
+def _written(line: Line) -> bytes:
+    return (json.dumps(line.to_json(), ensure_ascii=False) + "\n").encode("utf-8")
