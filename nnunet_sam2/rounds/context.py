@@ -60,24 +60,32 @@ class RunContext:
     @cached_property
     def backend(self) -> Any:
         """Load SAM 2, once, with its embeddings kept under the results of the dataset where there is room for them."""
-        folder = self.folders.results / RUNS_FOLDER / EMBEDDINGS
-        backend = load_labeller(self.options, folder)
-        looks = disk.LOOKS.get(self.options.strategy, 1)
-        needed = disk.embedding_bytes(disk.run_size(self.cohort), backend.spec.image_size, looks=looks)
-        free = disk.free_bytes(folder) + disk.folder_bytes(folder)
-        if free < needed + disk.RESERVE:
-            say(
-                f"SAM 2's features are not kept on disk, where they may take {disk.readable(needed)} and "
-                f"{disk.readable(free)} are free; slices are encoded again where they are needed again"
-            )
+        backend = load_labeller(self.options, self._embeddings)
+        if not self._has_room_for_embeddings(backend):
             backend = load_labeller(self.options, None)
         say(f"SAM 2: {backend.spec.origin}")
         return backend
 
     def cpu_backend(self, like: Any) -> Any:
         """Load SAM 2 on the CPU, computing in the number format of ``like``: for what a GPU has no memory for."""
-        folder = self.folders.results / RUNS_FOLDER / EMBEDDINGS
+        folder = self._embeddings if self._has_room_for_embeddings(like) else None
         return load_labeller(replace(self.options, device="cpu"), folder, precision=like.spec.precision)
+
+    @property
+    def _embeddings(self) -> Path:
+        return self.folders.results / RUNS_FOLDER / EMBEDDINGS
+
+    def _has_room_for_embeddings(self, backend: Any) -> bool:
+        looks = disk.LOOKS.get(self.options.strategy, 1)
+        needed = disk.embedding_bytes(disk.run_size(self.cohort), backend.spec.image_size, looks=looks)
+        free = disk.free_bytes(self._embeddings) + disk.folder_bytes(self._embeddings)
+        if free >= needed + disk.RESERVE:
+            return True
+        say(
+            f"SAM 2's features are not kept on disk, where they may take {disk.readable(needed)} and "
+            f"{disk.readable(free)} are free; slices are encoded again where they are needed again"
+        )
+        return False
 
     @cached_property
     def sam2_identity(self) -> str:
