@@ -48,7 +48,6 @@ NNUNET: dict[str, Any] = {
     "configuration": {
         "patch_size": [12, 40, 40],
         "probed_patch_size": [12, 40, 40],
-        "batch_size": 2,
         "spacing": [8.0, 2.8, 2.8],
     },
     "transpose_forward": [0, 1, 2],
@@ -74,7 +73,7 @@ def estimator(cohort: Cohort) -> Estimator:
             validation=validation,
             supports=supports,
             labelling=LabellingCosts(
-                answer=LABELLING, slice_axis=0, several_views=False, supports=supports, classes=2, bounded=True
+                answer=LABELLING, slice_axis=0, several_views=False, supports=supports, classes=2, memory_entries=40_960
             ),
             nnunet=NnunetCosts(answer=NNUNET, heads=3),
             size=run_size(cohort, validation_ids=(validation[0].case_id,), light=True),
@@ -160,21 +159,38 @@ def test_time_follows_iterations_and_cases_and_a_done_stage_takes_none(estimator
 def test_more_supports_cost_more_until_the_memory_is_full(cohort: Cohort) -> None:
     answer = {**LABELLING, "labels_again": {"seconds": 2.0, "cpu_seconds": 2.0}}
 
-    def label(bounded: bool, image_size: int) -> float:
+    def label(memory_entries: int | None, image_size: int) -> float:
         costs = LabellingCosts(
             answer={**answer, "image_size": image_size},
             slice_axis=0,
             several_views=False,
             supports=cohort.labelled,
             classes=2,
-            bounded=bounded,
+            memory_entries=memory_entries,
         )
         return costs.label(cohort.unlabelled[0], cohort.labelled * 4).seconds
 
     # 12 support slices more cost a second more; 144 slices are 120 more than were probed
-    assert label(False, 512) == pytest.approx(11)
-    assert label(True, 256) == pytest.approx(11)
-    assert label(True, 512) == pytest.approx(1 + 16 / 12)
+    assert label(None, 512) == pytest.approx(11)
+    assert label(40_960, 256) == pytest.approx(11)
+    assert label(40_960, 512) == pytest.approx(1 + 16 / 12)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings", "image_size", "entries"),
+    [
+        ("transfer", {}, 256, 40_960),
+        ("transfer", {"memory_entries": 5000}, 256, 5000),
+        ("auto", {}, 256, 16_384),
+        ("auto", {}, 512, 40_960),
+        ("insert", {}, 256, None),
+    ],
+)
+def test_the_bound_on_the_memory_is_the_strategys_own(
+    strategy: str, settings: dict[str, Any], image_size: int, entries: int | None
+) -> None:
+    options = RunOptions(strategy=strategy, strategy_options=settings)
+    assert module.memory_entries(options, image_size) == entries
 
 
 def _fit(monkeypatch: pytest.MonkeyPatch, folders: DatasetFolders, made: RunEstimator, **limits: int) -> Any:

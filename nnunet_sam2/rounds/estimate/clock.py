@@ -51,6 +51,15 @@ def peak_memory() -> int:
     return int(peak) * (1 if sys.platform == "darwin" else 1024)
 
 
+def peak_gpu_memory(device: str) -> int:
+    """Return the most accelerator memory that this process has reserved so far, in bytes; 0 on the processor."""
+    if device != "cuda":
+        return 0
+    import torch
+
+    return int(torch.cuda.max_memory_reserved())
+
+
 def _processor_seconds() -> float:
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from nnunet_sam2.rounds.estimate.costs import Cost, StageEstimate
 from nnunet_sam2.rounds.estimate.labelling_costs import LabellingCosts
 from nnunet_sam2.rounds.estimate.nnunet_costs import NnunetCosts
 from nnunet_sam2.rounds.estimate.selfbench import Measured, measure
+from nnunet_sam2.rounds.estimate.sizes import cells
 from nnunet_sam2.rounds.estimate.stages import RunEstimator
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
-from nnunet_sam2.rounds.nnunet import PLANS, light_configuration
+from nnunet_sam2.rounds.nnunet import PLANS, light_configuration, plans_path, read_plans
 from nnunet_sam2.rounds.nnunet.plan import MARKER_FILE, SPLITS_FILE
 from nnunet_sam2.rounds.options import RunOptions, describe_difference
 from nnunet_sam2.rounds.state import run_folder, state_of_events
@@ -126,7 +126,7 @@ def _estimator(
 ) -> RunEstimator:
     from nnunet_sam2.support.library import cohort_slice_axis
 
-    plans = _plans(folders)
+    plans = read_plans(folders) if plans_path(folders).is_file() else None
     light = options.profile == "cpu"
     overrides = light_configuration(plans, options.configuration) if light and plans is not None else None
     return RunEstimator(
@@ -140,7 +140,7 @@ def _estimator(
             several_views=several,
             supports=supports,
             classes=len(cohort.class_values),
-            bounded=options.strategy in ("auto", "transfer"),
+            memory_entries=memory_entries(options, measured.labelling["image_size"]),
         ),
         nnunet=NnunetCosts(answer=measured.nnunet, heads=len(cohort.class_values) + 1),
         size=run_size(
@@ -180,10 +180,16 @@ def _several_views(options: RunOptions) -> bool:
     return bool(getattr(chosen, "views", "one") != "one")
 
 
-def _plans(folders: DatasetFolders) -> Mapping[str, Any] | None:
-    path = folders.preprocessed / f"{PLANS}.json"
-    plans: Mapping[str, Any] | None = read_json(path) if path.is_file() else None
-    return plans
+def memory_entries(options: RunOptions, image_size: int) -> int | None:
+    """Return how many support locations the strategy compares a slice with at most; None where it knows no limit."""
+    from nnunet_sam2.labelling.strategies.auto.strategy import AutoOptions
+    from nnunet_sam2.labelling.strategies.auto.views import entries_at_most
+    from nnunet_sam2.labelling.strategies.transfer.strategy import TransferOptions
+
+    chosen = make_strategy(options.strategy, options.strategy_options).options
+    if isinstance(chosen, AutoOptions):
+        return entries_at_most(chosen.transfer_options(), cells(image_size))
+    return chosen.memory_entries if isinstance(chosen, TransferOptions) else None
 
 
 def _is_planned(folders: DatasetFolders, options: RunOptions) -> bool:

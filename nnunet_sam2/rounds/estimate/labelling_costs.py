@@ -9,10 +9,7 @@ from typing import Any
 from nnunet_sam2.cohort.cohort import Case
 from nnunet_sam2.labelling.quality.options import QualityOptions
 from nnunet_sam2.rounds.estimate.costs import Cost
-from nnunet_sam2.rounds.estimate.sizes import voxels, walked_axes, walked_slices
-
-_MEMORY_ENTRIES = 40_960
-"""Support locations that `TransferOptions` compares a slice with at most, unless told otherwise."""
+from nnunet_sam2.rounds.estimate.sizes import cells, voxels, walked_axes, walked_slices
 
 _EMBEDDINGS_IN_MEMORY = 2**30
 _MAPS_PER_CASE = 4
@@ -28,8 +25,8 @@ class LabellingCosts:
     several_views: bool
     supports: Sequence[Case]
     classes: int
-    bounded: bool
-    """The strategy compares a slice with a bounded number of support slices, however many there are."""
+    memory_entries: int | None
+    """Support locations that the strategy compares a slice with at most, however many there are; None: with all."""
 
     @property
     def start(self) -> Cost:
@@ -117,6 +114,6 @@ class LabellingCosts:
     def _more_slices(self, supports: Sequence[Case]) -> int:
         """Count the support slices that a query slice is compared with beyond those of the probe."""
         slices = sum(self._own_slices(case) for case in supports)
-        if self.bounded:
-            slices = min(slices, _MEMORY_ENTRIES // (self.answer["image_size"] // 16) ** 2)
+        if self.memory_entries is not None:
+            slices = min(slices, self.memory_entries // cells(self.answer["image_size"]))
         return max(0, slices - self.answer["support_slices"])

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_sam2.rounds.estimate.clock import Clock, StopWatch, peak_memory
+from nnunet_sam2.rounds.estimate.clock import Clock, StopWatch, peak_gpu_memory, peak_memory
 from nnunet_sam2.rounds.estimate.sizes import walked_axes
 from nnunet_sam2.storage import file_hash, read_json, write_json
 
@@ -40,7 +40,7 @@ def _measure(request: dict[str, Any], folder: Path, begun: StopWatch) -> dict[st
     cohort = Cohort.load(Path(request["raw"]))
     options = RunOptions(**request["options"])
     backend = load_labeller(options, cache_dir=folder / "embeddings")
-    answer["image_size"], answer["origin"] = backend.spec.image_size, backend.spec.origin
+    answer["image_size"] = backend.spec.image_size
     answer["start"] = begun.read()
     answer["start_memory_bytes"] = peak_memory()
     slice_axis = cohort_slice_axis(cohort)
@@ -56,7 +56,7 @@ def _measure(request: dict[str, Any], folder: Path, begun: StopWatch) -> dict[st
     _label(answer, cohort, options, backend, supports, queries, request, folder)
     _refine(answer, cohort, options, backend, supports, queries)
     answer["memory_bytes"] = peak_memory()
-    answer["gpu_bytes"] = _gpu_peak(options.device)
+    answer["gpu_bytes"] = peak_gpu_memory(options.device)
     return answer
 
 
@@ -221,14 +221,6 @@ def _part(case: Any, slice_axis: int, request: dict[str, Any], middle: Sequence[
 
 def _folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _gpu_peak(device: str) -> int:
-    if device != "cuda":
-        return 0
-    import torch
-
-    return int(torch.cuda.max_memory_reserved())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_sam2.folders import VARIABLES
-from nnunet_sam2.rounds.estimate.clock import Clock, StopWatch, peak_memory
+from nnunet_sam2.rounds.estimate.clock import Clock, StopWatch, peak_gpu_memory, peak_memory
 from nnunet_sam2.storage import read_json, write_json
 
 PROBE = "probe"
@@ -63,10 +63,8 @@ def _measure(request: dict[str, Any], begun: StopWatch) -> dict[str, Any]:
     raw_czyx = _write_cases(request, plans, preprocessed, answer)
     _train(trainer, answer)
     answer["training_memory_bytes"] = peak_memory()
-    answer["training_gpu_bytes"] = _gpu_peak(request["device"])
+    answer["training_gpu_bytes"] = peak_gpu_memory(request["device"])
     _predict(trainer, request, raw_czyx, answer)
-    answer["prediction_memory_bytes"] = peak_memory()
-    answer["gpu_bytes"] = _gpu_peak(request["device"])
     answer["gpu_total_bytes"] = torch.cuda.mem_get_info()[1] if request["device"] == "cuda" else 0
     return answer
 
@@ -100,7 +98,6 @@ def _probe_configuration(plans: dict[str, Any], request: dict[str, Any]) -> dict
     return {
         "patch_size": planned_patch,
         "probed_patch_size": entry["patch_size"],
-        "batch_size": int(entry["batch_size"]),
         "spacing": [float(s) for s in entry["spacing"]],
     }
 
@@ -151,7 +148,6 @@ def _write_cases(
         (folder / "case_0.pkl").write_bytes(pickle.dumps(properties))
     for end in (".b2nd", "_seg.b2nd", ".pkl"):
         os.link(folder / f"case_0{end}", folder / f"case_1{end}")
-    answer["stored_bytes"] = sum(path.stat().st_size for path in folder.glob("case_0*"))
     answer["probed_voxels"] = int(np.prod(shape))
     answer["preprocessed_shape"] = [int(n) for n in data.shape[1:]]
     return raw_czyx
@@ -168,9 +164,7 @@ def _train(trainer: Any, answer: dict[str, Any]) -> None:
         trainer.on_validation_epoch_start()
         answer["validation_step"] = _repeat(lambda: trainer.validation_step(next(trainer.dataloader_val)))
     with Clock(answer, "checkpoint"):
-        path = Path(trainer.output_folder) / "probe.pth"
-        trainer.save_checkpoint(str(path))
-    answer["checkpoint_bytes"] = path.stat().st_size
+        trainer.save_checkpoint(str(Path(trainer.output_folder) / "probe.pth"))
 
 
 def _predict(trainer: Any, request: dict[str, Any], raw_czyx: np.ndarray, answer: dict[str, Any]) -> None:
@@ -213,7 +207,6 @@ def _predict(trainer: Any, request: dict[str, Any], raw_czyx: np.ndarray, answer
     answer["tile"] = _repeat(look)
     with Clock(answer, "prediction"):
         predictor.predict_single_npy_array(raw_czyx, {"spacing": list(request["spacing_zyx_mm"])}, None, None, True)
-    answer["mirror_axes"] = len(trainer.inference_allowed_mirroring_axes or ())
 
 
 def _repeat(work: Any) -> dict[str, float]:
@@ -226,14 +219,6 @@ def _repeat(work: Any) -> dict[str, float]:
         times.append(watch.read())
     times = times[1:] or times
     return {key: float(np.median([t[key] for t in times])) for key in times[0]}
-
-
-def _gpu_peak(device: str) -> int:
-    if device != "cuda":
-        return 0
-    import torch
-
-    return int(torch.cuda.max_memory_reserved())
 
 
 if __name__ == "__main__":

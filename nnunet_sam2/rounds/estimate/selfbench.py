@@ -136,14 +136,15 @@ def labelling_request(
 def nnunet_request(folders: DatasetFolders, cohort: Cohort, options: RunOptions) -> dict[str, Any]:
     """Say what nnU-Net's probe shall do: by the dataset's plans, or by plans made from the cohort's shapes."""
     path = plans_path(folders)
-    if path.is_file():
-        require_trainable(read_plans(folders), options.configuration)
+    plans = read_plans(folders) if path.is_file() else None
+    if plans is not None:
+        require_trainable(plans, options.configuration)
     case = middle_case((*cohort.labelled, *cohort.unlabelled))
     shape = _cut(case.geometry.shape_zyx, _MOST_PROBED_VOXELS) if options.device == "cpu" else case.geometry.shape_zyx
     return {
         "dataset": cohort.root.name,
-        "plans": str(path) if path.is_file() else None,
-        "planned": resolved_configuration(read_plans(folders), options.configuration) if path.is_file() else None,
+        "plans": None if plans is None else str(path),
+        "planned": None if plans is None else resolved_configuration(plans, options.configuration),
         "fingerprint": _fingerprint(cohort),
         "configuration": options.configuration,
         "profile": options.profile,

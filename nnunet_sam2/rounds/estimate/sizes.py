@@ -22,6 +22,11 @@ def walked_slices(shape_zyx: Sequence[int], axes: Sequence[int]) -> int:
     return sum(shape_zyx[axis] for axis in axes)
 
 
+def cells(image_size: int) -> int:
+    """Count the locations of a slice's embedding."""
+    return (image_size // 16) ** 2
+
+
 def voxels(case: Case) -> int:
     """Count the voxels of a case's own grid."""
     return math.prod(case.geometry.shape_zyx)
