@@ -242,6 +242,22 @@ def test_refused(fault: str, source: Path, fresh_roots: Path, capsys: pytest.Cap
     _refused(capsys, source, *(str(source) if o == "SOURCE" else o for o in options), words=words)
 
 
+def test_of_several_faults_each_is_named_the_first_time(
+    source: Path, fresh_roots: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _truncate(source / "images/case2.nii.gz")
+    _write_float(source / "images/case3.nii.gz", np.nan)
+    _move_label(source)
+    assert main(["convert", str(source), "-d", "7", "-n", "T"]) == 2
+    out, error = capsys.readouterr()
+    named = [line for line in out.splitlines() if line.startswith("refused ")]
+    assert [word in line for word, line in zip(("case1", "case2", "case3"), named, strict=True)] == [True] * 3
+    assert error.count("\n") == 1
+    assert "3 of 4 cases cannot be used" in error
+    assert "origin" in error
+    assert not any((fresh_roots / "nnUNet_raw").iterdir())
+
+
 def test_the_source_of_these_tests_is_accepted_as_it_is(source: Path, fresh_roots: Path) -> None:
     assert main(["convert", str(source), "-d", "7", "-n", "T"]) == 0
 

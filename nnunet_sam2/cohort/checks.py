@@ -17,7 +17,7 @@ from nnunet_sam2.files.nifti import is_plain_nifti_gz
 from nnunet_sam2.files.pictures import picture_fits_png
 from nnunet_sam2.files.repairs import STRICT, ReadPolicy, Repairs
 from nnunet_sam2.geometry import Geometry
-from nnunet_sam2.progress import track
+from nnunet_sam2.progress import say, track
 from nnunet_sam2.volumes import placed_voxel_hash, read_label_as, read_stored_as, voxel_hash
 
 
@@ -60,19 +60,36 @@ def check_cases(
     allow_empty: bool,
     policy: ReadPolicy = STRICT,
 ) -> list[CheckedCase]:
-    """Read and check all cases, in order of their ids."""
+    """Read and check all cases, in order of their ids.
+
+    Raises `InputError` once all are read, so that of many files each damaged one is named the first time.
+    """
     checked: list[CheckedCase] = []
+    refusals: list[str] = []
+    ignore = {_ignore_value(table)} if table else set()
     for case_id in track(sorted(cases), what="checking", total=len(cases)):
-        case = _check_case(cases[case_id], table, policy)
-        if checked:
-            _check_same_kind(checked[0], case)
-        foreground = case.label_values - ({_ignore_value(table)} if table else set())
-        if role_of[case_id] is Role.LABELLED and not foreground and not allow_empty:
-            raise InputError(
-                f"{cases[case_id].label} is empty: no voxel belongs to a class; remove the file to make the case "
-                "unlabelled, or accept empty labels with --allow-empty"
-            )
-        checked.append(case)
+        try:
+            case = _check_case(cases[case_id], table, policy)
+            if checked:
+                _check_same_kind(checked[0], case)
+            if role_of[case_id] is Role.LABELLED and not case.label_values - ignore and not allow_empty:
+                raise InputError(
+                    f"{cases[case_id].label} is empty: no voxel belongs to a class; remove the file to make the case "
+                    "unlabelled, or accept empty labels with --allow-empty"
+                )
+        except InputError as refusal:
+            refusals.append(str(refusal))
+        else:
+            checked.append(case)
+    if len(refusals) > 1:
+        for number, text in enumerate(refusals, start=1):
+            say(f"refused {number}: {text}")
+        raise InputError(
+            f"{len(refusals)} of {len(cases)} cases cannot be used, each is named above with the way out; the first: "
+            f"{refusals[0]}"
+        )
+    if refusals:
+        raise InputError(refusals[0])
     return checked
 
 
