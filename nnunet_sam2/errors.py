@@ -23,7 +23,8 @@ class StageError(NnunetSam2Error, RuntimeError):
     exit_status = 1
 
 
-DISK_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.EIO)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+DISK_REFUSALS = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EMFILE, errno.EIO)
 """Errors of the operating system that are nobody's programming mistake: shown in one line."""
 
 
@@ -35,6 +36,7 @@ def describe_os_error(error: OSError) -> str:
         errno.ENOSPC: "the disk is full; make room",
         errno.EDQUOT: "your disk quota is used up; make room",
         errno.EROFS: "the folder is read-only; make it writable or use another",
+        errno.EFBIG: "the disk takes no file of this size; use another",
         errno.EACCES: "the right to do so is missing; give it, or use another folder",
         errno.EPERM: "the right to do so is missing; give it, or use another folder",
         errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -14,10 +13,9 @@ from io import UnsupportedOperation
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nnunet_sam2.errors import InputError, StageError
+from nnunet_sam2.errors import DISK_FULL, InputError, StageError
 
 _CHUNK_BYTES = 1 << 20
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 TEMPORARY_MARK = ".nnunet_sam2_tmp_"
 
 
@@ -47,16 +45,23 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path`` that replaces it when the block ends without an error."""
     with _told_of_a_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{TEMPORARY_MARK}{uuid.uuid4().hex[:12]}_{path.name}")
+        temporary, aside = (path.with_name(f"{TEMPORARY_MARK}{uuid.uuid4().hex[:12]}_{path.name}") for _ in range(2))
         temporary.mkdir()
         try:
             yield temporary
             for written in sorted(temporary.rglob("*")):
                 _flush(written)
             if path.exists():
-                shutil.rmtree(path)
-            os.replace(temporary, path)
+                # Out of the way in one step: to remove a large folder first would leave neither for long.
+                os.replace(path, aside)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                if aside.exists():
+                    os.replace(aside, path)
+                raise
             _flush(path.parent)
+            shutil.rmtree(aside, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -118,7 +123,7 @@ def _told_of_a_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno not in DISK_FULL:
             raise
         raise StageError(
             f"{path} could not be written: {error.strerror}; make room or choose another disk. What was there before "
