@@ -91,7 +91,7 @@ def _opened(submission: Path) -> Iterator[Path]:
         yield place
 
 
-def is_by_product(name: str) -> bool:
+def _is_by_product(name: str) -> bool:
     """Say whether `nnunet_sam2 predict` or nnU-Net itself writes this file beside the label files."""
     path = PurePosixPath(name)
     return path.name in _BY_PRODUCTS or (path.suffix == ".json" and path.parent.name == "records")
@@ -107,7 +107,7 @@ def _misplaced(files: Mapping[str, Path], expected: Mapping[str, str]) -> list[P
         if "__MACOSX" in path.parts or path.name.startswith("._") or path.name == ".DS_Store":
             text = "macOS put it there; pack without (zip -X, or remove it from the zip)"
             problems.append(Problem(kind=EXTRA, file=name, text=text))
-        elif is_by_product(name):
+        elif _is_by_product(name):
             problems.append(
                 Problem(kind=BY_PRODUCT, file=name, text="written beside the labels; leave it out of the zip")
             )

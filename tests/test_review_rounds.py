@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nnunet_sam2.cli.main import main
 from nnunet_sam2.cohort.cohort import Cohort, Role
 from nnunet_sam2.cohort.splits import make_splits
 from nnunet_sam2.folders import DatasetFolders
@@ -194,6 +195,25 @@ def test_a_run_that_had_ended_goes_on_with_a_round_in_which_decisions_hold(story
     story.go()
     again = read_events(story.run / LEDGER_FILE)[events:]
     assert {event["event"] for event in again} <= {"stopped"}
+
+
+def test_status_says_on_how_many_cases_peoples_word_waits_for_the_next_round(
+    story: Story, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def waits() -> list[str]:
+        capsys.readouterr()
+        assert main(["status", "-d", "501"]) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if "people's word" in line]
+
+    assert waits() == []
+    story.say(Decision.ACCEPT, FIRST, 1)
+    story.say(Decision.REJECT, FIRST, 2)
+    story.say(Decision.TAKE_OUT, SECOND)
+    assert "on 2 cases waits for the next round" in waits()[0]
+    story.say(Decision.UNDO, undoes=3)
+    assert "on 1 case waits for the next round" in waits()[0]
+    story.go()
+    assert waits() == []
 
 
 def test_an_undone_decision_gives_one_round_more_without_it(story: Story) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 
 from nnunet_sam2.folders import find_dataset
+from nnunet_sam2.rounds.decisions.record import waiting_cases
 from nnunet_sam2.rounds.lock import OWNER_FILE, Owner
 from nnunet_sam2.rounds.state import RunState, find_runs, read_state
 
@@ -41,6 +42,9 @@ def run(args: argparse.Namespace) -> int:
         print("between stages; the same run command continues")
     if state.best_round is not None:
         print(f"best round: {state.best_round} ({state.configuration_of()})")
+    if waiting := waiting_cases(state.folder, state.reviewed_lines):
+        cases = "1 case" if len(waiting) == 1 else f"{len(waiting)} cases"
+        print(f"people's word on {cases} waits for the next round; the same run command begins it")
     for retry in state.retries:
         print(f"tried once more: {retry['stage']} ({retry['cause']}), {retry['remedy']}")
     print(f"time spent in finished stages: {duration(state.seconds)}")

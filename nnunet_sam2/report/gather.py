@@ -12,6 +12,7 @@ from nnunet_sam2.files.checks import PICTURE_ENDINGS
 from nnunet_sam2.provenance import provenance
 from nnunet_sam2.report.account import CaseAccount, ClassQuality, Cost, Provenance, RoundAccount, RunAccount
 from nnunet_sam2.report.run_files import Json, RunFiles
+from nnunet_sam2.rounds.ledger import REVIEWED
 from nnunet_sam2.rounds.state import RoundState
 from nnunet_sam2.storage import read_json
 from nnunet_sam2.volumes import read_label
@@ -31,7 +32,7 @@ _KINDS = {
 }
 """Last part of a stage's name to what the report calls it."""
 
-_KNOWN_EVENTS = ("run", "started", "done", "stopped", "machine", "review")
+_KNOWN_EVENTS = ("run", "started", "done", "stopped", "machine", REVIEWED)
 
 _MOST_HUMAN_LABELS = 24
 """Human label files that are read for the mean volumes of classes."""
@@ -251,7 +252,7 @@ def _word(files: RunFiles, case_id: str) -> str:
 def _reviews(files: RunFiles) -> Iterator[str]:
     names = files.class_names
     for event in files.events:
-        if event["event"] != "review":
+        if event["event"] != REVIEWED:
             continue
         told = [
             f"{d['decision']} {d['case']} {', '.join(names.get(v, str(v)) for v in d['classes'])}".strip()

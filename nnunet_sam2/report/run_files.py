@@ -14,7 +14,7 @@ from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.explain.cases import class_names
 from nnunet_sam2.labelling.records import record_path
 from nnunet_sam2.rounds.decisions.holds import CaseHold, holds_from_json
-from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
+from nnunet_sam2.rounds.ledger import LEDGER_FILE, REVIEWED, read_events
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import RunState, state_of_events
 from nnunet_sam2.storage import read_json
@@ -125,5 +125,5 @@ class RunFiles:
     @cached_property
     def holds(self) -> dict[str, CaseHold]:
         """Return what people's word held in the newest labels."""
-        events = [event for event in self.events if event["event"] == "review"]
+        events = [event for event in self.events if event["event"] == REVIEWED]
         return holds_from_json(events[-1]["holds"]) if events else {}

@@ -26,7 +26,7 @@ BACKUP_FILE = "ledger.backup.jsonl"
 
 LEDGER_VERSION = 1
 
-RETRIED = "retried"
+RETRIED, REVIEWED = "retried", "review"
 """Event: a stage is tried once more."""
 
 FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
@@ -35,7 +35,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "done": {"stage": str, "key": str, "digest": str, "files": dict, "info": dict, "seconds": (int, float)},
     "stopped": {"reason": str, "best_round": int},
     "machine": {"machine": dict},
-    "review": {"round": int, "holds": dict, "decisions": list},
+    REVIEWED: {"round": int, "holds": dict, "decisions": list},
     RETRIED: {"stage": str, "cause": str, "remedy": str},
 }
 """What an event of each kind must hold; other kinds are notes and may hold anything."""

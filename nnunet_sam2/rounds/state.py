@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
-from nnunet_sam2.rounds.ledger import LEDGER_FILE, RETRIED, read_events
+from nnunet_sam2.rounds.ledger import LEDGER_FILE, RETRIED, REVIEWED, read_events
 
 RUNS_FOLDER = "nnunet_sam2"
 """Folder of all runs under a dataset's results; nnU-Net's tools pass it by, for it is no ``A__B__C`` triple."""
@@ -54,6 +54,8 @@ class RunState:
     retries: tuple[dict[str, Any], ...]
     """Stages that were tried once more: ``stage``, ``cause``, ``remedy``."""
     best_round: int | None
+    reviewed_lines: int
+    """Lines of people's decisions that a round has taken in."""
     seconds: float
 
     @property
@@ -88,6 +90,7 @@ class RunState:
             "evidence": self.evidence,
             "retries": list(self.retries),
             "best_round": self.best_round,
+            "reviewed_lines": self.reviewed_lines,
             "seconds": self.seconds,
         }
 
@@ -152,6 +155,7 @@ def state_of_events(folder: Path, events: Sequence[dict[str, Any]]) -> RunState:
             if event["event"] == RETRIED
         ),
         best_round=stopped["best_round"] if stopped else _best_so_far(rounds),
+        reviewed_lines=max((event.get("lines", 0) for event in events if event["event"] == REVIEWED), default=0),
         seconds=sum(event["seconds"] for event in events if event["event"] == "done"),
     )
 

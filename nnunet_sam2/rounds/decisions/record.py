@@ -182,6 +182,13 @@ def standing(lines: Sequence[Line]) -> dict[str, CaseDecisions]:
     return {case_id: decisions for case_id, decisions in found.items() if decisions}
 
 
+def waiting_cases(run: Path, entered: int) -> list[str]:
+    """Return the ids of the cases on which people said something new since the first ``entered`` lines of the file."""
+    lines = read_decisions(decisions_path(run))
+    then, now = standing(lines[:entered]), standing(lines)
+    return sorted(case_id for case_id in then.keys() | now.keys() if then.get(case_id) != now.get(case_id))
+
+
 class DecisionFile(AbstractContextManager["DecisionFile"]):
     """Append to a run's decisions: one process at a time, each line on the disk before it counts."""
 

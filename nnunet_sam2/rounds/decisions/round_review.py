@@ -9,8 +9,7 @@ from nnunet_sam2.progress import say
 from nnunet_sam2.rounds.context import RunContext
 from nnunet_sam2.rounds.decisions.holds import CaseHold, Holds, holds_from_json, holds_of, holds_to_json
 from nnunet_sam2.rounds.decisions.record import decisions_path, read_decisions
-
-REVIEW_EVENT = "review"
+from nnunet_sam2.rounds.ledger import REVIEWED
 
 
 class RoundReview:
@@ -37,9 +36,7 @@ class RoundReview:
                 for x in lines[entered:]
             ]
             say(f"round {number}: people's word on {len(now)} cases holds from here on")
-            self.run.ledger.append(
-                REVIEW_EVENT, round=number, holds=holds_to_json(now), decisions=new, lines=len(lines)
-            )
+            self.run.ledger.append(REVIEWED, round=number, holds=holds_to_json(now), decisions=new, lines=len(lines))
         return now
 
     def more_after(self, number: int) -> bool:
@@ -51,7 +48,7 @@ class RoundReview:
         return max((int(e["round"]) for e in self._events() if int(e["round"]) <= number), default=0)
 
     def _events(self) -> list[dict[str, Any]]:
-        return [event for event in self.run.ledger.events if event["event"] == REVIEW_EVENT]
+        return [event for event in self.run.ledger.events if event["event"] == REVIEWED]
 
     def _recorded(self, number: int) -> dict[str, CaseHold]:
         found: dict[int, dict[str, Any]] = {int(e["round"]): e["holds"] for e in self._events()}
