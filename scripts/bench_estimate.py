@@ -112,9 +112,9 @@ def table(result: Mapping[str, Any]) -> str:
         f"{made['name']} (draw of seed {made['seed']}), {made['labelled']} labelled, {made['unlabelled']} unlabelled "
         f"cases, `auto` at {result['options']['image_size']} px, {result['options']['round_limit']} rounds, "
         f"{result['options']['num_epochs']} epochs of {result['options']['num_iterations_per_epoch']} iterations, "
-        f"{result['threads']} thread; {result['machine']['processor']}, {result['usable_cores']} cores, which other "
-        f"programs used as well: {result['load_before_estimate']:.1f} processes wanted a core at the estimate, "
-        f"{result['load_during_run']:.1f} on the mean during the run. CPU seconds hardly depend on that.",
+        f"{result['threads']} thread; {result['machine']['processor']}, {result['usable_cores']} cores. "
+        f"{result['load_before_estimate']:.1f} processes wanted a core before the estimate, "
+        f"{result['load_during_run']:.1f} on the mean during the run, its own among them.",
         "",
         *rows,
         "",
