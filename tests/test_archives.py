@@ -157,6 +157,18 @@ def test_a_damaged_archive_is_refused(make: Callable[..., Path], name: str, tmp_
         _refused(archive, tmp_path, "damaged")
 
 
+def test_a_damaged_header_within_a_tar_does_not_hide_the_entries_behind_it(tmp_path: Path) -> None:
+    archive = _tar(tmp_path / "x.tar", {f"f{i}": b"1" * 300 for i in range(5)})
+    changed = bytearray(archive.read_bytes())
+    changed[2 * 1024 + 10] ^= 1
+    archive.write_bytes(bytes(changed))
+    _refused(archive, tmp_path, "x.tar is damaged")
+
+
+def test_a_tar_whose_first_name_begins_like_a_zip_is_a_tar(tmp_path: Path) -> None:
+    assert unpack(_tar(tmp_path / "x.tar", {"PKD/a.txt": b"1"}), tmp_path / "out") == 1
+
+
 def test_an_encrypted_zip_is_refused(tmp_path: Path) -> None:
     archive = _zip(tmp_path / "x.zip", {"a": b"1"})
     raw = bytearray(archive.read_bytes())

@@ -24,6 +24,8 @@ ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
 _NESTED = (*ARCHIVE_ENDINGS, ".7z", ".rar", ".tar.bz2", ".tar.xz")
 _CHUNK = 1 << 20
 _ENCRYPTED = 0x1
+_ZIP_MARKS = (b"PK\3\4", b"PK\5\6", b"PK\7\x08")
+"""How a zip begins, also an empty one; its first two letters alone may be those of a tar's first name."""
 _BLOCK = 512
 
 
@@ -99,7 +101,7 @@ def _is_hidden(parts: Sequence[str]) -> bool:
 def _entries(archive: Path, limits: Limits) -> Iterator[list[_Entry]]:
     """Open an archive and list what is in it, each entry checked by itself."""
     with archive.open("rb") as handle:
-        zipped = handle.read(4)[:2] == b"PK"
+        zipped = handle.read(4) in _ZIP_MARKS
     try:
         if zipped:
             with zipfile.ZipFile(archive) as opened:
@@ -168,10 +170,14 @@ def _nothing(info: tarfile.TarInfo) -> IO[bytes]:
 
 
 def _check_tar_end(archive: Path, opened: tarfile.TarFile, stream: IO[bytes]) -> None:
-    """Refuse an archive without its end mark, and read the compressed stream to its checksum."""
+    """Refuse an archive without its end mark, and read the compressed stream to its checksum.
+
+    The library takes a damaged header for the end as well, and says nothing of the entries behind it.
+    """
     stream.seek(opened.offset)
-    if len(stream.read(_BLOCK)) < _BLOCK:
-        raise InputError(f"{archive} is cut off; copy or download it again")
+    end = stream.read(_BLOCK)
+    if len(end) < _BLOCK or any(end):
+        raise InputError(f"{archive} is {'cut off' if len(end) < _BLOCK else 'damaged'}; copy or download it again")
     while stream.read(_CHUNK):
         pass
 
