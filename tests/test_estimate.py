@@ -13,7 +13,7 @@ from nnunet_sam2.cli.main import main
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.machine import Memory
-from nnunet_sam2.rounds.disk import run_size
+from nnunet_sam2.rounds.disk import RESERVE, run_size
 from nnunet_sam2.rounds.estimate import estimate as module
 from nnunet_sam2.rounds.estimate import selfbench
 from nnunet_sam2.rounds.estimate.costs import Cost
@@ -191,6 +191,22 @@ def test_the_bound_on_the_memory_is_the_strategys_own(
 ) -> None:
     options = RunOptions(strategy=strategy, strategy_options=settings)
     assert module.memory_entries(options, image_size) == entries
+
+
+def test_features_without_room_are_warned_of_and_those_that_lie_there_take_no_more(
+    monkeypatch: pytest.MonkeyPatch, fresh_dataset: DatasetFolders
+) -> None:
+    cohort, options = Cohort.load(fresh_dataset.raw), RunOptions(strategy="transfer")
+    monkeypatch.setattr(module, "free_bytes", lambda path: 10**13)
+    needed, warnings = module.features_to_keep(fresh_dataset, cohort, options, 256)
+    assert (needed > 10**6, warnings) == (True, ())
+    kept = fresh_dataset.results / "nnunet_sam2" / "embeddings" / "ab" / "abc.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(bytes(10**6))
+    assert module.features_to_keep(fresh_dataset, cohort, options, 256) == (needed - 10**6, ())
+    monkeypatch.setattr(module, "free_bytes", lambda path: RESERVE)
+    none, (warning,) = module.features_to_keep(fresh_dataset, cohort, options, 256)
+    assert (none, "encoded again" in warning) == (0, True)
 
 
 def _fit(monkeypatch: pytest.MonkeyPatch, folders: DatasetFolders, made: RunEstimator, **limits: int) -> Any:

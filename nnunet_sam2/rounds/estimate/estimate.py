@@ -12,7 +12,7 @@ from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.registry import make_strategy
 from nnunet_sam2.machine import Memory, file_system, read_memory
-from nnunet_sam2.rounds.disk import RESERVE, free_bytes, readable, run_size
+from nnunet_sam2.rounds.disk import LOOKS, RESERVE, embedding_bytes, folder_bytes, free_bytes, readable, run_size
 from nnunet_sam2.rounds.estimate.costs import Cost, StageEstimate
 from nnunet_sam2.rounds.estimate.labelling_costs import LabellingCosts
 from nnunet_sam2.rounds.estimate.nnunet_costs import NnunetCosts
@@ -23,7 +23,7 @@ from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
 from nnunet_sam2.rounds.nnunet import PLANS, light_configuration, plans_path, read_plans
 from nnunet_sam2.rounds.nnunet.plan import MARKER_FILE, SPLITS_FILE
 from nnunet_sam2.rounds.options import RunOptions, describe_difference
-from nnunet_sam2.rounds.state import run_folder, state_of_events
+from nnunet_sam2.rounds.state import EMBEDDINGS, RUNS_FOLDER, run_folder, state_of_events
 from nnunet_sam2.storage import read_json
 
 BUSY = 1.25
@@ -104,14 +104,16 @@ def estimate_run(folders: DatasetFolders, options: RunOptions, *, again: bool = 
         several_views=several,
         again=again,
     )
-    stages = _estimator(folders, cohort, options, validation, supports, measured, several).stages()
+    features, without_features = features_to_keep(folders, cohort, options, measured.labelling["image_size"])
+    estimator = _estimator(folders, cohort, options, validation, supports, measured, several, features)
+    stages = estimator.stages()
     obstacles, warnings = _fit(folders, stages, measured, read_memory())
     return RunEstimate(
         folder=run_folder(folders, options.run_name),
         stages=stages,
         assumptions=_assumptions(options, measured),
         obstacles=obstacles,
-        warnings=warnings,
+        warnings=(*without_features, *warnings),
     )
 
 
@@ -123,6 +125,7 @@ def _estimator(
     supports: tuple[Case, ...],
     measured: Measured,
     several: bool,
+    features_bytes: int,
 ) -> RunEstimator:
     from nnunet_sam2.support.library import cohort_slice_axis
 
@@ -153,6 +156,25 @@ def _estimator(
         ),
         planned=_is_planned(folders, options),
         done=_done(folders, options),
+        features_bytes=features_bytes,
+    )
+
+
+def features_to_keep(
+    folders: DatasetFolders, cohort: Cohort, options: RunOptions, image_size: int
+) -> tuple[int, tuple[str, ...]]:
+    """Return what a run will keep of SAM 2's features beside those that lie there, in bytes, and what it warns of.
+
+    As `RunContext` does: where there is no room for all of them, none are kept, and the run goes on without.
+    """
+    folder = folders.results / RUNS_FOLDER / EMBEDDINGS
+    needed = embedding_bytes(run_size(cohort), image_size, looks=LOOKS.get(options.strategy, 1))
+    there, free = folder_bytes(folder), free_bytes(folder)
+    if free + there >= needed + RESERVE:
+        return max(0, needed - there), ()
+    return 0, (
+        f"disk: SAM 2's features may take {readable(needed)}, and {readable(free + there)} are free: they are not "
+        "kept, and slices are encoded again where they are needed again, which takes longer than is told here",
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from nnunet_sam2.cohort.cohort import Case, Cohort
-from nnunet_sam2.rounds.disk import LOOKS, RunSize, embedding_bytes, stage_bytes
+from nnunet_sam2.rounds.disk import RunSize, stage_bytes
 from nnunet_sam2.rounds.estimate.costs import Cost, StageEstimate
 from nnunet_sam2.rounds.estimate.labelling_costs import LabellingCosts
 from nnunet_sam2.rounds.estimate.nnunet_costs import NnunetCosts
@@ -33,6 +33,8 @@ class RunEstimator:
     """nnU-Net has planned and preprocessed the labelled cases before."""
     done: Collection[str] = ()
     """Stages that the run's ledger shows as done."""
+    features_bytes: int = 0
+    """What SAM 2's features will take on the disk beyond those that lie there."""
 
     def stages(self) -> tuple[StageEstimate, ...]:
         """Return all stages; those that are done cost nothing any more."""
@@ -48,7 +50,7 @@ class RunEstimator:
             "setup/sam2_quality",
             f"SAM 2 labels the {len(labelled)} labelled cases, each from the others",
             self._sam2_quality(),
-            embeddings=True,
+            more_disk=self.features_bytes,
         )
         yield self._sam2("setup/sam2", f"SAM 2 labels {len(unlabelled)} cases", self._sam2_labels())
         if not options.skip_baseline:
@@ -143,11 +145,8 @@ class RunEstimator:
         cases = (*self.cohort.labelled, *self.cohort.unlabelled)
         return self.labelling.memory_bytes(cases, len(self.cohort.channels))
 
-    def _sam2(self, stage: str, what: str, cost: Cost, *, embeddings: bool = False) -> StageEstimate:
-        disk = stage_bytes(stage, self.size)
-        if embeddings:
-            looks = LOOKS.get(self.options.strategy, 1)
-            disk += embedding_bytes(self.size, self.labelling.answer["image_size"], looks=looks)
+    def _sam2(self, stage: str, what: str, cost: Cost, *, more_disk: int = 0) -> StageEstimate:
+        disk = stage_bytes(stage, self.size) + more_disk
         return self._estimate(stage, what, cost, self._sam2_memory, int(self.labelling.answer["gpu_bytes"]), disk)
 
     def _nnunet(
