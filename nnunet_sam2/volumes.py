@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_sam2.errors import InputError, StageError
-from nnunet_sam2.files.checks import LOSSY_ENDINGS, PICTURE_ENDINGS, check_content, file_ending
+from nnunet_sam2.files.checks import LOSSY_ENDINGS, PICTURE_ENDINGS, check_content, check_path, file_ending
 from nnunet_sam2.files.nifti import mend_nonfinite, read_values
 from nnunet_sam2.files.pictures import read_picture, write_picture
 from nnunet_sam2.files.repairs import ERROR, STRICT, ReadPolicy, Repairs
@@ -298,6 +298,7 @@ def _geometry(image) -> Geometry:  # type: ignore[no-untyped-def]  # SimpleITK h
 
 def _write(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     """Write (Z, Y, X), or (C, 1, H, W) for a picture, and compare what the file holds with what went in."""
+    check_path(path)
     picture = file_ending(path) in PICTURE_ENDINGS
     channels = array if array.ndim == 4 else array[None]
     if picture and channels.shape[1] != 1:

@@ -157,6 +157,20 @@ def test_a_constant_image_is_pointed_out_and_divides_nothing_by_zero(
     assert "images/case2.nii.gz is constant: every voxel is 7" in capsys.readouterr().out
 
 
+def test_a_folder_whose_name_is_not_utf8_is_refused_before_simpleitk_ends_the_process(
+    source: Path, tmp_path: Path, fresh_roots: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latin = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        source.rename(latin)
+    except OSError:
+        pytest.skip("this file system holds only names that are UTF-8")
+    assert main(["convert", str(latin), "-d", "7", "-n", "T"]) == 2
+    assert "holds letters that are not UTF-8; rename" in capsys.readouterr().err
+    with pytest.raises(InputError, match="not UTF-8"):
+        write_image(latin / "new.nii.gz", random_image(5), GRID)
+
+
 NAMES = ["a b", "-rf", "über", "x" * 121, "CON", "nul.x", "a.", "a+b", "case(1)"]
 
 

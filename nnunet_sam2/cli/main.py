@@ -85,9 +85,9 @@ def _say_error(command: str, text: str) -> None:
 
 
 def _write_what_the_locale_cannot() -> None:
-    """Let names with letters that the locale (LANG=C) lacks be written as escapes, instead of ending the program."""
+    """Let names with letters that the locale (LANG=C) or UTF-8 lacks be written as escapes, not end the program."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -61,8 +61,17 @@ def strip_ending(path: Path) -> str:
     return path.name[: -len(file_ending(path))]
 
 
+def check_path(path: Path) -> None:
+    """Refuse a path that is no text: SimpleITK ends the whole process for one, without a word."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path} holds letters that are not UTF-8; rename the file or the folder") from None
+
+
 def check_file(path: Path) -> None:
     """Refuse what cannot be an image: nothing there, a folder, no permission, empty, a pointer, a web page."""
+    check_path(path)
     try:
         if path.is_symlink() and not path.exists():
             raise InputError(f"{path} is a link to {path.readlink()}, which does not exist; restore the file")
