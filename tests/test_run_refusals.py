@@ -97,6 +97,24 @@ def test_one_labelled_case_has_no_folds_and_the_way_out_is_said(
     assert not fresh_dataset.preprocessed.exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "refusal"),
+    [
+        ("--epochs", "0", "--epochs must be at least 1"),
+        ("--final-epochs", "-1", "--final-epochs must be at least 0"),
+        ("--seed", "-5", "--seed must lie between 0 and"),
+        ("--volume-drift", "nan", "--volume-drift is a factor above 1"),
+        ("--branch", "f1", "--branch f1: fold 1 has its rounds under this name"),
+    ],
+)
+def test_a_value_that_would_fail_rounds_later_is_refused_at_once_by_the_options_name(
+    fresh_dataset: DatasetFolders, option: str, value: str, refusal: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*RUN, option, value]) == 2
+    assert refusal in capsys.readouterr().err
+    assert not fresh_dataset.preprocessed.exists()
+
+
 def test_another_sam2_under_the_same_name_is_refused_when_a_run_is_continued(
     fresh_dataset: DatasetFolders, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,17 +73,23 @@ class RunOptions:
             raise InputError("--pseudo-per-batch must lie between 0 and 1")
         if self.branch is not None and not re.fullmatch(r"[A-Za-z0-9]+", self.branch):
             raise InputError(f"--branch {self.branch}: use letters and digits")
+        if self.fold == "0" and self.branch is not None and re.fullmatch(r"f([0-9]+|all)", self.branch):
+            fold = self.branch[1:]
+            raise InputError(f"--branch {self.branch}: fold {fold} has its rounds under this name; use another")
         for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{name.replace('_', '-')} must lie between 0 and 1")
-        if self.volume_drift <= 1:
+        # Said so that nan does not pass.
+        if not self.volume_drift > 1:
             raise InputError("--volume-drift is a factor above 1")
-        if self.hang_minutes <= 0:
+        if not self.hang_minutes > 0:
             raise InputError("--hang-minutes must be positive")
-        for name in ("num_epochs", "num_iterations_per_epoch", "threads"):
+        if not 0 <= self.seed < 2**31:
+            raise InputError("--seed must lie between 0 and 2147483647")
+        for name, least in (("num_epochs", 1), ("num_iterations_per_epoch", 1), ("final_epochs", 0), ("threads", 1)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+            if value is not None and value < least:
+                raise InputError(f"{_flag(name)} must be at least {least}")
 
     @property
     def tag(self) -> str:
