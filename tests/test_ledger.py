@@ -52,6 +52,21 @@ def test_a_stage_whose_file_changed_or_vanished_runs_again(tmp_path: Path, damag
     assert (tmp_path / "out.txt").read_text() == "label"
 
 
+def test_a_file_outside_of_a_folder_that_a_link_leads_to_is_found_again(tmp_path: Path) -> None:
+    (tmp_path / "other" / "disk" / "results").mkdir(parents=True)
+    (tmp_path / "results").symlink_to(tmp_path / "other" / "disk" / "results")
+    outside, calls = tmp_path / "preprocessed.json", []
+    outside.write_text("plans")
+
+    def work() -> StageResult:
+        calls.append("work")
+        return StageResult(files=(outside,))
+
+    for _ in range(2):
+        Ledger(tmp_path / "results" / "run").run_stage("setup/plan", {}, work, what="plan")
+    assert calls == ["work"]
+
+
 def test_a_stage_that_was_started_but_not_ended_runs_again(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
 

@@ -27,7 +27,7 @@ BACKUP_FILE = "ledger.backup.jsonl"
 LEDGER_VERSION = 1
 
 RETRIED, REVIEWED = "retried", "review"
-"""Event: a stage is tried once more."""
+"""Events: a stage is tried once more; people's word is taken into a round."""
 
 FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "run": {"options": dict},
@@ -183,7 +183,8 @@ class Ledger:
 
     def _changed_files(self, event: dict[str, Any]) -> Iterator[Path]:
         for name, expected in event["files"].items():
-            path = (self.folder / name).resolve()
+            # By the names, as `_name` made it: a link's target has other folders above it.
+            path = Path(os.path.normpath(self.folder / name))
             if not path.is_file() or file_hash(path) != expected:
                 say(f"[{event['stage']}] {path} is missing or has changed since it was written: the stage runs again")
                 yield path
