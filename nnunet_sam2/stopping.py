@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -79,11 +80,13 @@ def _end_in_time(heard: socket.socket, say_last: Callable[[Stopped], None]) -> N
         if not received:
             return
         number = received[0]
-    heard.settimeout(LONGEST_SECONDS)
+    until = time.monotonic() + LONGEST_SECONDS
     with contextlib.suppress(TimeoutError):
-        while heard.recv(1):
-            pass  # asked again; the answer is the same
-        return
+        while (left := until - time.monotonic()) > 0:
+            heard.settimeout(left)
+            if not heard.recv(1):
+                return
+            # asked again; the answer is the same
     stopped = Stopped(number)
     say_last(stopped)
     sys.stderr.flush()

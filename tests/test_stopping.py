@@ -86,6 +86,19 @@ def test_a_computation_that_cannot_be_interrupted_is_ended_all_the_same_with_its
     assert not _is_alive(child)
 
 
+def test_asking_again_and_again_does_not_put_off_the_end() -> None:
+    process, _ = _start(COMPUTES)
+    time.sleep(0.5)
+    started = time.monotonic()
+    while process.poll() is None and time.monotonic() - started < 5:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    process.kill()
+    process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert time.monotonic() - started < 5
+
+
 def test_what_nohup_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
