@@ -23,6 +23,7 @@ from nnunet_sam2.rounds.estimate.nnunet_probe import smaller_patch
 from nnunet_sam2.rounds.estimate.sizes import preprocessed_shape, tiles
 from nnunet_sam2.rounds.estimate.stages import RunEstimator
 from nnunet_sam2.rounds.options import RunOptions
+from nnunet_sam2.storage import write_json
 
 SECOND = {"seconds": 1.0, "cpu_seconds": 0.5}
 GB = 10**9
@@ -65,7 +66,7 @@ Estimator = Callable[..., RunEstimator]
 def estimator(cohort: Cohort) -> Estimator:
     """An estimator of the tiny cohort from measurements of one second each."""
 
-    def make(*, done: tuple[str, ...] = (), **options: Any) -> RunEstimator:
+    def make(*, done: tuple[str, ...] = (), planned: bool = False, **options: Any) -> RunEstimator:
         validation, supports = cohort.labelled[:1], cohort.labelled[1:]
         return RunEstimator(
             cohort=cohort,
@@ -77,7 +78,8 @@ def estimator(cohort: Cohort) -> Estimator:
             ),
             nnunet=NnunetCosts(answer=NNUNET, heads=3),
             size=run_size(cohort, validation_ids=(validation[0].case_id,), light=True),
-            planned=False,
+            planned=planned,
+            unprepared=() if planned else cohort.unlabelled,
             done=done,
         )
 
@@ -154,6 +156,24 @@ def test_time_follows_iterations_and_cases_and_a_done_stage_takes_none(estimator
     finished = estimator(done=("setup/plan", "setup/sam2")).stages()
     assert [stage.cost.seconds for stage in finished if stage.done] == [0, 0]
     assert [stage.disk_bytes for stage in finished if stage.done] == [0, 0]
+
+
+def test_a_second_run_preprocesses_nothing_and_writes_nothing_of_it(estimator: Estimator) -> None:
+    first, second = (estimator(planned=planned).stages()[0] for planned in (False, True))
+    assert first.stage == second.stage == "setup/plan"
+    # What is left is to start nnU-Net and to see that all is there.
+    assert (second.cost.seconds, second.disk_bytes) == (0.5, 0)
+    assert first.cost.seconds > 2
+    assert first.disk_bytes > 0
+
+
+def test_cases_that_another_run_preprocessed_are_not_counted(fresh_dataset: DatasetFolders) -> None:
+    cohort, name = Cohort.load(fresh_dataset.raw), "nnUNetPlans_3d_fullres"
+    plans = {"configurations": {"3d_fullres": {"data_identifier": name}}}
+    write_json(fresh_dataset.preprocessed / "nnUNetPlans.json", plans)
+    first, *others = cohort.unlabelled
+    (fresh_dataset.preprocessed / f"{name}_un" / first.case_id).mkdir(parents=True)
+    assert module._unprepared(fresh_dataset, cohort, RunOptions()) == tuple(others)
 
 
 def test_more_supports_cost_more_until_the_memory_is_full(cohort: Cohort) -> None:

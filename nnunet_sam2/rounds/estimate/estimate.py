@@ -21,6 +21,7 @@ from nnunet_sam2.rounds.estimate.sizes import cells
 from nnunet_sam2.rounds.estimate.stages import RunEstimator
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
 from nnunet_sam2.rounds.nnunet import PLANS, light_configuration, plans_path, read_plans
+from nnunet_sam2.rounds.nnunet.cases import unlabelled_folder
 from nnunet_sam2.rounds.nnunet.plan import MARKER_FILE, SPLITS_FILE
 from nnunet_sam2.rounds.options import RunOptions, describe_difference
 from nnunet_sam2.rounds.state import EMBEDDINGS, RUNS_FOLDER, run_folder, state_of_events
@@ -130,6 +131,7 @@ def _estimator(
     from nnunet_sam2.support.library import cohort_slice_axis
 
     plans = read_plans(folders) if plans_path(folders).is_file() else None
+    planned = plans is not None and _is_planned(folders, options)
     light = options.profile == "cpu"
     overrides = light_configuration(plans, options.configuration) if light and plans is not None else None
     return RunEstimator(
@@ -154,7 +156,8 @@ def _estimator(
             overrides=overrides,
             light=light,
         ),
-        planned=_is_planned(folders, options),
+        planned=planned,
+        unprepared=_unprepared(folders, cohort, options) if planned else cohort.unlabelled,
         done=_done(folders, options),
         features_bytes=features_bytes,
     )
@@ -218,6 +221,11 @@ def _is_planned(folders: DatasetFolders, options: RunOptions) -> bool:
     path = folders.preprocessed / MARKER_FILE
     marker = read_json(path) if path.is_file() else {}
     return options.configuration in marker.get(PLANS, {}).get("done", [])
+
+
+def _unprepared(folders: DatasetFolders, cohort: Cohort, options: RunOptions) -> tuple[Case, ...]:
+    folder = unlabelled_folder(folders, options.configuration)
+    return tuple(case for case in cohort.unlabelled if not (folder / case.case_id).is_dir())
 
 
 def _done(folders: DatasetFolders, options: RunOptions) -> frozenset[str]:

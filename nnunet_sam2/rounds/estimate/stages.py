@@ -31,6 +31,8 @@ class RunEstimator:
     size: RunSize
     planned: bool
     """nnU-Net has planned and preprocessed the labelled cases before."""
+    unprepared: tuple[Case, ...]
+    """The unlabelled cases that are not preprocessed yet: runs of a dataset share those that are."""
     done: Collection[str] = ()
     """Stages that the run's ledger shows as done."""
     features_bytes: int = 0
@@ -43,9 +45,14 @@ class RunEstimator:
     def _stages(self) -> Iterator[StageEstimate]:
         options, cohort = self.options, self.cohort
         labelled, unlabelled = cohort.labelled, cohort.unlabelled
-        prepared = self.nnunet.plan(labelled, unlabelled, planned=self.planned)
-        what = "nnU-Net plans and preprocesses"
-        yield self._nnunet("setup/plan", what, prepared, self._plan_memory, to_results=False)
+        yield self._nnunet(
+            "setup/plan",
+            "nnU-Net plans and preprocesses",
+            self.nnunet.plan(labelled, self.unprepared, planned=self.planned),
+            self._plan_memory,
+            to_results=False,
+            writes=not self.planned or bool(self.unprepared),
+        )
         yield self._sam2(
             "setup/sam2_quality",
             f"SAM 2 labels the {len(labelled)} labelled cases, each from the others",
@@ -150,11 +157,19 @@ class RunEstimator:
         return self._estimate(stage, what, cost, self._sam2_memory, int(self.labelling.answer["gpu_bytes"]), disk)
 
     def _nnunet(
-        self, stage: str, what: str, cost: Cost, memory: int, *, gpu: int = 0, to_results: bool = True
+        self,
+        stage: str,
+        what: str,
+        cost: Cost,
+        memory: int,
+        *,
+        gpu: int = 0,
+        to_results: bool = True,
+        writes: bool = True,
     ) -> StageEstimate:
         # The process of the run waits beside nnU-Net's, and SAM 2 lies in it.
         waiting = int(self.labelling.answer["start_memory_bytes"])
-        disk = stage_bytes(stage, self.size)
+        disk = stage_bytes(stage, self.size) if writes else 0
         return self._estimate(stage, what, cost, memory + waiting, gpu, disk, preprocessed=not to_results)
 
     def _estimate(
