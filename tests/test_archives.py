@@ -230,12 +230,15 @@ def test_convert_takes_a_task_as_it_is_downloaded(
     assert Cohort.load(raw / "Dataset009_T").cases == cohort.cases
 
     image = gzip.decompress((task / "imagesTr/c1.nii.gz").read_bytes())
-    (task / "imagesTr/c1.nii.gz").write_bytes(gzip.compress(image[:-5]))
+    for name in ("c1", "c2"):
+        (task / "imagesTr" / f"{name}.nii.gz").write_bytes(gzip.compress(image[:-5]))
     with tarfile.open(archive, "w") as opened:
         opened.add(task, arcname="Task09_Tiny")
     capsys.readouterr()
     assert main(again) == 2
-    told = capsys.readouterr().err
-    assert "Task09_Tiny.tar/Task09_Tiny/imagesTr/c1.nii.gz is cut off" in told
+    told = capsys.readouterr()
+    assert "Task09_Tiny.tar/Task09_Tiny/imagesTr/c1.nii.gz is cut off" in told.err
+    assert "refused 2: " in told.out
+    assert f"{archive}/Task09_Tiny/imagesTr/c2.nii.gz is cut off" in told.out
     assert [path.name for path in raw.iterdir()] == ["Dataset009_T"]
     assert main(["convert", str(task), "-d", "8", "-n", "T", "--unpack-to", str(tmp_path / "z")]) == 2

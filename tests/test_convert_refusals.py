@@ -258,6 +258,20 @@ def test_of_several_faults_each_is_named_the_first_time(
     assert not any((fresh_roots / "nnUNet_raw").iterdir())
 
 
+def test_the_case_that_differs_from_most_is_named_and_not_the_most(
+    source: Path, fresh_roots: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (source / "labels", source / "images"):
+        shutil.rmtree(path)
+        path.mkdir()
+    for i in range(4):
+        Image.fromarray(
+            np.random.default_rng(i).integers(0, 255, (9, 9, 3) if i == 0 else (9, 9)).astype(np.uint8)
+        ).save(source / f"images/p{i}.png")
+    Image.fromarray(np.eye(9, dtype=np.uint8)).save(source / "labels/p1.png")
+    _refused(capsys, source, words=("images/p0.png has 3 channels", "images/p1.png has 1;"))
+
+
 def test_the_source_of_these_tests_is_accepted_as_it_is(source: Path, fresh_roots: Path) -> None:
     assert main(["convert", str(source), "-d", "7", "-n", "T"]) == 0
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,10 +60,11 @@ def check_cases(
     *,
     allow_empty: bool,
     policy: ReadPolicy = STRICT,
+    tell: Callable[[str], None] = say,
 ) -> list[CheckedCase]:
     """Read and check all cases, in order of their ids.
 
-    Raises `InputError` once all are read, so that of many files each damaged one is named the first time.
+    Raises `InputError` once all are read, so that of many files each damaged one is named the first time: by ``tell``.
     """
     checked: list[CheckedCase] = []
     refusals: list[str] = []
@@ -70,8 +72,6 @@ def check_cases(
     for case_id in track(sorted(cases), what="checking", total=len(cases)):
         try:
             case = _check_case(cases[case_id], table, policy)
-            if checked:
-                _check_same_kind(checked[0], case)
             if role_of[case_id] is Role.LABELLED and not case.label_values - ignore and not allow_empty:
                 raise InputError(
                     f"{cases[case_id].label} is empty: no voxel belongs to a class; remove the file to make the case "
@@ -81,9 +81,10 @@ def check_cases(
             refusals.append(str(refusal))
         else:
             checked.append(case)
+    refusals += _other_kinds(checked)
     if len(refusals) > 1:
         for number, text in enumerate(refusals, start=1):
-            say(f"refused {number}: {text}")
+            tell(f"refused {number}: {text}")
         raise InputError(
             f"{len(refusals)} of {len(cases)} cases cannot be used, each is named above with the way out; the first: "
             f"{refusals[0]}"
@@ -205,12 +206,20 @@ def _same_for_nnunet(one: Geometry, other: Geometry) -> bool:
     )
 
 
-def _check_same_kind(first: CheckedCase, case: CheckedCase) -> None:
-    here, there = case.source.images[0], first.source.images[0]
-    if case.picture != first.picture:
-        raise InputError(f"{here} and {there}: one is a picture, one a volume; make a dataset of each kind")
-    if case.channel_count != first.channel_count:
-        raise InputError(
-            f"{here} has {case.channel_count} channels, {there} has {first.channel_count}; all cases need the same "
-            "(pictures: save all as grey or all as RGB)"
-        )
+def _other_kinds(checked: list[CheckedCase]) -> list[str]:
+    """Say of each case that is not of the kind that most are, picture or volume and its channels, why it is none."""
+    refusals: list[str] = []
+    if not checked:
+        return refusals
+    kinds = Counter((case.picture, case.channel_count) for case in checked)
+    usual = next(case for case in checked if kinds[case.picture, case.channel_count] == max(kinds.values()))
+    for case in checked:
+        here, there = case.source.images[0], usual.source.images[0]
+        if case.picture != usual.picture:
+            refusals.append(f"{here} and {there}: one is a picture, one a volume; make a dataset of each kind")
+        elif case.channel_count != usual.channel_count:
+            refusals.append(
+                f"{here} has {case.channel_count} channels, {there} has {usual.channel_count}; all cases need the same "
+                "(pictures: save all as grey or all as RGB)"
+            )
+    return refusals

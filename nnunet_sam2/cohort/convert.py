@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from nnunet_sam2.cohort.layouts import Found, SourceCase, find
 from nnunet_sam2.cohort.layouts.folder import TEST
 from nnunet_sam2.cohort.names import checked_case_id
 from nnunet_sam2.cohort.roles import choose_cases, patients_of, suspect_patients
-from nnunet_sam2.cohort.unpacked import source_folder
+from nnunet_sam2.cohort.unpacked import in_users_words, source_folder
 from nnunet_sam2.cohort.write import choose_ending, write_dataset
 from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.files.repairs import STRICT, ReadPolicy
@@ -92,23 +93,32 @@ def convert(source: Path, folders: DatasetFolders, options: ConvertOptions) -> C
         provenance: dict[str, Any] = {"source": str(source.resolve())} | (
             {"archive_sha256": archive} if archive else {}
         )
-        return _convert_folder(folder, folders, options, provenance)
+        return _convert_folder(
+            folder, folders, options, provenance, tell=lambda text: say(in_users_words(text, source, folders))
+        )
 
 
 def _convert_folder(
-    source: Path, folders: DatasetFolders, options: ConvertOptions, provenance: dict[str, Any]
+    source: Path,
+    folders: DatasetFolders,
+    options: ConvertOptions,
+    provenance: dict[str, Any],
+    *,
+    tell: Callable[[str], None],
 ) -> Cohort:
     found, cases = collect(source, options)
     assignment = assign_roles(cases, options)
     cases = {case_id: cases[case_id] for case_id in sorted(assignment.role_of)}
     table = _declared_table(found, options)
-    checked = check_cases(cases, assignment.role_of, table, allow_empty=options.allow_empty, policy=options.policy)
+    checked = check_cases(
+        cases, assignment.role_of, table, allow_empty=options.allow_empty, policy=options.policy, tell=tell
+    )
     if table is None:
         table = table_from_values({value: case.label_file for case in checked for value in case.label_values})
     patient_of = check_duplicates(checked, assignment.role_of, assignment.patient_of)
     channels = _channel_names(found, checked, options)
     for text in _advice(cases, checked, assignment, table, options):
-        say(f"note: {text}")
+        tell(f"note: {text}")
     cohort = Cohort(
         name=folders.name,
         root=folders.raw,

@@ -25,17 +25,24 @@ def source_folder(source: Path, folders: DatasetFolders, unpack_to: Path | None)
             raise InputError(f"--unpack-to is for archives ({' '.join(ARCHIVE_ENDINGS)}), {source} is none")
         yield source
         return
-    raw = folders.raw.parent
-    for leftover in raw.glob(f"{TEMPORARY_MARK}*{folders.name}.unpacked"):
+    for leftover in folders.raw.parent.glob(f"{TEMPORARY_MARK}*{folders.name}.unpacked"):
         shutil.rmtree(leftover)
-    place = unpack_to or raw / f"{TEMPORARY_MARK}{folders.name}.unpacked"
+    place = unpack_to or _place(folders)
     try:
         count = unpack(source, place)
         say(f"{source}: {count} files unpacked" + (f" to {place}" if unpack_to else ""))
         yield only_folder(place)
     except NnunetSam2Error as error:
-        # In the user's words: the archive, not the folder that is gone when the message is read.
-        raise type(error)(str(error).replace(str(place), str(source)) if unpack_to is None else str(error)) from None
+        raise type(error)(in_users_words(str(error), source, folders)) from None
     finally:
         if unpack_to is None:
             shutil.rmtree(place, ignore_errors=True)
+
+
+def in_users_words(text: str, source: Path, folders: DatasetFolders) -> str:
+    """Name the archive in a message, where it names the folder that is gone when the message is read."""
+    return text.replace(str(_place(folders)), str(source))
+
+
+def _place(folders: DatasetFolders) -> Path:
+    return folders.raw.parent / f"{TEMPORARY_MARK}{folders.name}.unpacked"
