@@ -13,6 +13,7 @@ import pytest
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.cohort.cohort import Cohort, Role
 from nnunet_sam2.cohort.splits import make_splits
+from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.quality.calibration import Calibration
 from nnunet_sam2.review.take_in import take_in
@@ -254,6 +255,20 @@ def test_a_round_that_was_killed_keeps_what_it_began_with(story: Story) -> None:
     story.go()
     assert (story.used(3), story.used(4)) == ((FIRST,), (SECOND,))
     assert [review["round"] for review in story.reviews()] == [3, 4]
+
+
+def test_a_round_that_lacks_an_accepted_label_can_be_decided_anew(story: Story) -> None:
+    story.say(Decision.ACCEPT, FIRST, 1)
+    (kept,) = (story.run / "review" / "accepted").iterdir()
+    kept.unlink()
+    for _ in range(2):
+        with pytest.raises(InputError, match="or decide about the case anew"):
+            story.go()
+    story.say(Decision.REJECT, FIRST, 1)
+    story.go()
+    labels = story.given[3]
+    assert labels is not None
+    assert labels.distrusted == {FIRST: (1,)}
 
 
 def test_a_case_that_people_took_out_altogether_can_come_back(story: Story) -> None:

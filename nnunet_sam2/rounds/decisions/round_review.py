@@ -13,7 +13,7 @@ from nnunet_sam2.rounds.ledger import REVIEWED
 
 
 class RoundReview:
-    """Say what holds in each round of a run; a round that has begun keeps what it began with.
+    """Say what holds in each round of a run; a round whose labels are made keeps what they were made with.
 
     The ledger gets a ``review`` event before the first round in which something new holds, with all that holds from
     then on and with the decisions that were new. So a run that is repeated, after a kill or to continue, goes through
@@ -26,7 +26,7 @@ class RoundReview:
     def of(self, number: int) -> Holds:
         """Return what holds in round ``number``, and enter it into the ledger where that is new."""
         known = self._recorded(number)
-        if self._begun(number) or self._later(number):
+        if self._made(number) or self._later(number):
             return known
         now, lines = self._now()
         if now != known:
@@ -58,9 +58,10 @@ class RoundReview:
     def _later(self, number: int) -> bool:
         return any(int(event["round"]) > number for event in self._events())
 
-    def _begun(self, number: int) -> bool:
+    def _made(self, number: int) -> bool:
+        """Say whether the round has labels; before, one that a missing file has stopped may still be decided anew."""
         stage = f"r{number:02d}/fuse"
-        return any(event["event"] == "started" and event["stage"] == stage for event in self.run.ledger.events)
+        return any(event["event"] == "done" and event["stage"] == stage for event in self.run.ledger.events)
 
     def _now(self) -> tuple[dict[str, CaseHold], list[Any]]:
         lines = read_decisions(decisions_path(self.run.folder))
