@@ -215,6 +215,12 @@ def test_status_says_on_how_many_cases_peoples_word_waits_for_the_next_round(
     assert "on 1 case waits for the next round" in waits()[0]
     story.go()
     assert waits() == []
+    with DecisionFile(story.run) as file:  # a newer label of the same class: no round follows from it
+        file.append(Decision.REJECT, case_id=FIRST, classes=(2,), label="ab" * 32)
+    assert waits() == []
+    before = len(read_events(story.run / LEDGER_FILE))
+    story.go()
+    assert {event["event"] for event in read_events(story.run / LEDGER_FILE)[before:]} <= {"stopped"}
 
 
 def test_an_undone_decision_gives_one_round_more_without_it(story: Story) -> None:
