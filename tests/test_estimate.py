@@ -258,6 +258,15 @@ def test_an_accelerator_that_is_too_small_is_named(
     assert obstacle.startswith("accelerator: r00/train needs about 9.0 GB, more than its 8.0 GB")
 
 
+def test_sam2_keeps_its_memory_of_an_accelerator_while_nnunet_trains(
+    monkeypatch: pytest.MonkeyPatch, estimator: Estimator
+) -> None:
+    monkeypatch.setitem(NNUNET, "training_gpu_bytes", 7 * GB)
+    monkeypatch.setitem(LABELLING, "gpu_bytes", 2 * GB)
+    taken = {stage.stage: stage.gpu_bytes for stage in estimator().stages()}
+    assert (taken["setup/sam2"], taken["r00/train"], taken["setup/plan"]) == (2 * GB, 9 * GB, 0)
+
+
 def test_json_and_again_go_with_a_dry_run_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "-d", "501", "--json"]) == 2
     assert "--dry-run" in capsys.readouterr().err

@@ -47,6 +47,7 @@ class StageEstimate:
     memory_bytes: int
     """Most main memory that the run's processes hold at once, together."""
     gpu_bytes: int
+    """The same of the accelerator's."""
     disk_bytes: int
     """What the stage leaves on the disk."""
     preprocessed: bool

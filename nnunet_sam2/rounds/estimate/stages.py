@@ -167,8 +167,9 @@ class RunEstimator:
         to_results: bool = True,
         writes: bool = True,
     ) -> StageEstimate:
-        # The process of the run waits beside nnU-Net's, and SAM 2 lies in it.
+        # The process of the run waits beside nnU-Net's, and SAM 2 lies in it: on the accelerator with all it has taken.
         waiting = int(self.labelling.answer["start_memory_bytes"])
+        gpu += int(self.labelling.answer["gpu_bytes"]) if gpu else 0
         disk = stage_bytes(stage, self.size) if writes else 0
         return self._estimate(stage, what, cost, memory + waiting, gpu, disk, preprocessed=not to_results)
 
