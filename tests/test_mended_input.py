@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK
 from scipy.spatial.transform import Rotation
-from small_source import GRID, SHAPE, random_image
+from small_source import GRID, SHAPE, random_image, write_source
 
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.errors import InputError
@@ -65,6 +66,27 @@ def test_nan_and_inf_are_replaced_as_asked_and_counted(
     assert np.array_equal(written[0], values)
     assert set(_cases(fresh_roots)["case0"]) >= {"file_hashes", "placed_hash"}
     assert "repairs" not in _cases(fresh_roots)["case0"]
+
+
+def test_what_is_mended_is_kept_for_each_channel_where_their_files_have_one_name(
+    tmp_path: Path, fresh_roots: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_source(tmp_path / "source", cases=3)
+    shutil.rmtree(source / "images")
+    for c, channel in enumerate(("flair", "t1")):
+        for i in range(3):
+            values = random_image(10 * c + i)[0].astype(np.float32)
+            values[0, 0, : c + 1] = np.nan if i == 2 else 5
+            (source / "images" / channel).mkdir(parents=True, exist_ok=True)
+            path = source / "images" / channel / f"case{i}.nii.gz"
+            _nifti(path, values, sform=np.diag([-1.25, -1.25, 5.0, 1.0]))
+    assert _convert(source, "--nan", "zero") == 0
+    repairs = _cases(fresh_roots)["case2"]["repairs"]
+    assert {name: found["nonfinite_voxels"] for name, found in repairs.items()} == {
+        "flair/case2.nii.gz": 1,
+        "t1/case2.nii.gz": 2,
+    }
+    assert "t1/case2.nii.gz: 2 NaN" in capsys.readouterr().out
 
 
 def test_nan_in_a_label_is_refused_whatever_is_asked_for_images(

@@ -126,10 +126,13 @@ def _check_case(case: SourceCase, table: LabelTable | None, policy: ReadPolicy) 
     arrays: list[np.ndarray] = []
     geometries: list[Geometry] = []
     repairs: dict[str, Repairs] = {}
-    for path in case.images:
+    names = [path.name for path in case.images]
+    if len(set(names)) < len(names):  # a folder a channel
+        names = [f"{path.parent.name}/{path.name}" for path in case.images]
+    for path, name in zip(case.images, names, strict=True):
         array, geometry, mended = read_stored_as(path, policy, split_fourth_axis=case.split_fourth_axis)
         if mended:
-            repairs[path.name] = mended
+            repairs[name] = mended
         if geometries and (difference := geometries[0].mismatch(geometry)):
             raise InputError(
                 f"{case.images[0]} and {path} are channels of one image but differ in {difference}; resample one"
@@ -161,8 +164,8 @@ def _check_case(case: SourceCase, table: LabelTable | None, policy: ReadPolicy) 
         placed_hash=placed_voxel_hash(stacked, geometry),
         label_values=values,
         copy_images=tuple(
-            not picture and is_plain_nifti_gz(path) and path.name not in repairs and _same_for_nnunet(geometry, own)
-            for path, own in zip(case.images, geometries, strict=True)
+            not picture and is_plain_nifti_gz(path) and name not in repairs and _same_for_nnunet(geometry, own)
+            for path, name, own in zip(case.images, names, geometries, strict=True)
         ),
         copy_label=copy_label,
         notes=tuple(notes),
@@ -184,10 +187,8 @@ def _check_label(
         )
     values = frozenset(np.flatnonzero(np.bincount(label_zyx.ravel())).tolist()) - {0}
     as_it_is = (
-        file_ending(path) == ".nii.gz"
-        and is_plain_nifti_gz(path)
+        is_plain_nifti_gz(path, whole_numbers=True)
         and not repairs
-        and read_stored_as(path, policy)[0].dtype.kind in "iu"
         and _same_for_nnunet(geometry, own)
         and not (table and table.changes_values)
     )

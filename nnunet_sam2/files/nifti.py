@@ -122,12 +122,19 @@ def read_header(path: Path, start: bytes) -> Any:
     raise InputError(f"{path} is named like NIfTI but has no NIfTI header; get the file again or name it by its format")
 
 
-def is_plain_nifti_gz(path: Path) -> bool:
-    """Say whether a file is a gzipped three-dimensional NIfTI in millimetres, which nnU-Net can take as it is."""
+def is_plain_nifti_gz(path: Path, *, whole_numbers: bool = False) -> bool:
+    """Say whether a checked file is a gzipped three-dimensional NIfTI, which nnU-Net can take as it is.
+
+    With ``whole_numbers`` its voxels are to be integers that the header does not scale.
+    """
     if not path.name.lower().endswith(".nii.gz") or not is_gzipped(path):
         return False
     with open_stream(path) as stream:
         header = read_header(path, stream.read(600))
+    # As nibabel says it: None for a slope that is 0 or NaN, and so means nothing.
+    scaled = header.get_slope_inter() not in ((None, None), (1.0, 0.0))
+    if whole_numbers and (scaled or header.get_data_dtype().kind not in "iu"):
+        return False
     return int(header["dim"][0]) == 3
 
 
