@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from finished_run import add_labels, fused_record
 from loop_command import heed_ctrl_c
@@ -21,6 +22,7 @@ from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.review.app import MOST_BYTES
+from nnunet_sam2.review.take_in import take_in
 from nnunet_sam2.rounds.decisions.record import (
     Decision,
     DecisionFile,
@@ -31,6 +33,7 @@ from nnunet_sam2.rounds.decisions.record import (
 )
 from nnunet_sam2.rounds.ledger import Ledger
 from nnunet_sam2.storage import file_hash
+from nnunet_sam2.volumes import write_label
 
 Run = tuple[DatasetFolders, Path]
 
@@ -94,6 +97,21 @@ def test_a_rejected_class_is_shown_again_when_a_round_has_made_a_newer_label(cli
     assert case["why"] == ["large_organ: rejected before, and this is a newer label"]
     assert client.decide("subject_003", "reject", 1, 2)[0] == 200
     assert client.state()["cases"]["subject_003"]["open"] == {}
+
+
+def test_a_rejected_class_that_was_drawn_by_hand_since_is_settled(client: Client, run: Run, tmp_path: Path) -> None:
+    client.decide("subject_003", "reject", 1)
+    cohort = Cohort.load(run[0].raw)
+    geometry = cohort.case("subject_003").geometry
+    mine = np.zeros(geometry.shape_zyx, np.uint8)
+    mine[3:8, 8:20, 8:20] = 1
+    write_label(tmp_path / "subject_003.nii.gz", mine, geometry)
+    take_in(run[0].raw, [tmp_path / "subject_003.nii.gz"], classes=["1"])
+    add_labels(Ledger(client.run), cohort, 3, fused_record("subject_003", "subject_004", 3))
+    assert client.ask("GET", "")[0] == 200
+    case = client.state()["cases"]["subject_003"]
+    assert (case["drawn"], case["rejected"], case["again"]) == ([1], [], [])
+    assert set(case["open"]) == {"2"}
 
 
 def test_two_tabs_see_each_others_decisions_and_an_old_one_cannot_decide_about_a_changed_label(client: Client) -> None:

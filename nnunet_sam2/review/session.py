@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_sam2.cohort.cohort import Cohort, Role
+from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.report.account import RunAccount
@@ -133,13 +133,15 @@ class ReviewSession:
         """Say of every case that has a label what stands, what is open, and what looking at that is worth."""
         decided = standing(self._decisions.lines)
         cohort = Cohort.load(self.folders.raw)
+        held_out = {cohort.case(name).patient for name in self._seen.files.validation_ids}
         found = {}
         for name, (_, label) in self._seen.labels.items():
-            decisions = decided.get(name, CaseDecisions())
             case = cohort.case(name)
-            drawn = set(case.added.classes or cohort.class_values) if case.added else set()
+            human = case.added if case.patient not in held_out else None
+            drawn = set(human.classes or cohort.class_values) if human else set()
+            decisions = decided.get(name, CaseDecisions()).without(drawn)
             signs = {}
-            if not decisions.taken_out and case.role is Role.UNLABELLED:
+            if not decisions.taken_out:
                 for value, own in self._seen.signs.get(name, {}).items():
                     rejected = decisions.rejected.get(value)
                     if rejected not in (None, label):

@@ -74,12 +74,12 @@ def holds_of(
         if case.as_planned.role is not Role.UNLABELLED:
             continue
         human = case.added if case.patient not in held_out_patients else None
-        decisions = decided.get(case.case_id, CaseDecisions())
         answered = set(human.classes or cohort.class_values) if human else set()
+        decisions = decided.get(case.case_id, CaseDecisions()).without(answered)
         hold = CaseHold(
             taken_out=decisions.taken_out,
-            accepted={value: label for value, label in decisions.accepted.items() if value not in answered},
-            rejected=tuple(value for value in decisions.rejected if value not in answered),
+            accepted=decisions.accepted,
+            rejected=tuple(decisions.rejected),
             human=human,
         )
         if hold != CaseHold():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -103,6 +103,14 @@ class CaseDecisions:
 
     def __bool__(self) -> bool:
         return self.taken_out or bool(self.accepted) or bool(self.rejected)
+
+    def without(self, classes: Collection[int]) -> CaseDecisions:
+        """Return the decisions but those about ``classes``."""
+        return CaseDecisions(
+            taken_out=self.taken_out,
+            accepted={value: label for value, label in self.accepted.items() if value not in classes},
+            rejected={value: label for value, label in self.rejected.items() if value not in classes},
+        )
 
 
 def decisions_path(run: Path) -> Path:
