@@ -61,6 +61,16 @@ def test_the_hook_sets_the_variable_at_start_and_is_gone_when_removed(tmp_path: 
     assert started_with_hook(tmp_path, None) == ""
 
 
+def test_the_hook_is_looked_for_in_the_users_own_folder_where_python_reads_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(discovery.site, "getusersitepackages", lambda: str(tmp_path))
+    monkeypatch.setattr(discovery.sys, "prefix", "/environment")
+    assert tmp_path not in discovery.hook_places()
+    monkeypatch.setattr(discovery.sys, "prefix", discovery.sys.base_prefix)
+    assert discovery.hook_places()[1:] == [tmp_path]
+
+
 def test_the_hook_of_a_package_that_is_gone_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discovery, "extension_folder", lambda: tmp_path / "gone")
     discovery.install_hook(tmp_path)

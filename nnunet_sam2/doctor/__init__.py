@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from nnunet_sam2.rounds.estimate.selfbench import CACHE_VARIABLE
 from nnunet_sam2.rounds.estimate.selfbench import cache_folder as estimates_folder
 from nnunet_sam2.sam2.weights.cache import VARIABLE as WEIGHTS_VARIABLE
 from nnunet_sam2.sam2.weights.cache import cache_folder as weights_folder
+from nnunet_sam2.trainers.discovery import hook_places
 
 __all__ = ["Finding", "Level", "examine", "examine_dataset"]
 
@@ -43,7 +43,7 @@ def examine() -> Iterator[Finding]:
     yield storage_places.check_cache("measurements", estimates_folder(), variable=CACHE_VARIABLE)
     yield checkpoints.check_embedded()
     yield from checkpoints.check_kept()
-    yield trainer.check_hook([Path(sysconfig.get_path("purelib"))])
+    yield trainer.check_hook(hook_places())
     yield trainer.look_for_trainer()
 
 

@@ -86,6 +86,12 @@ def hook_folder() -> Path:
     )
 
 
+def hook_places() -> list[Path]:
+    """Return the folders in which the start-up hook may lie: this Python's, and the user's own where it reads that."""
+    user = [Path(site.getusersitepackages())] if sys.prefix == sys.base_prefix else []
+    return [Path(sysconfig.get_path("purelib")), *user]
+
+
 def hook_line() -> str:
     """Return the start-up line: it runs at every start of Python, so it costs one look at the environment."""
     folder, name = str(extension_folder()), EXTENSION_VARIABLE
@@ -106,14 +112,10 @@ def install_hook(folder: Path | None = None) -> Path:
 
 def remove_hook(folder: Path | None = None) -> list[Path]:
     """Remove the start-up hook wherever `install_hook` may have put it and return the removed files."""
-    folders = [folder] if folder is not None else [Path(sysconfig.get_path("purelib")), *_user_site()]
+    folders = [folder] if folder is not None else hook_places()
     removed = []
     for path in (candidate / HOOK_FILE for candidate in folders):
         if path.is_file():
             path.unlink()
             removed.append(path)
     return removed
-
-
-def _user_site() -> list[Path]:
-    return [Path(site.getusersitepackages())] if sys.prefix == sys.base_prefix else []
