@@ -64,7 +64,8 @@ def usable_cores() -> int:
 
 def nearest_existing(path: Path) -> Path:
     """Return the path or the nearest of its parents that exists."""
-    return next((p for p in (path, *path.parents) if p.exists()), Path(path.anchor or "."))
+    # Not by `Path.exists`, which raises where the right to look is missing.
+    return next((p for p in (path, *path.parents) if os.path.exists(p)), Path(path.anchor or "."))
 
 
 def file_system(path: Path) -> int:

@@ -34,11 +34,11 @@ def check_root(name: str, value: str | None) -> Finding:
     path = Path(value).expanduser()
     if not path.is_absolute():
         return fail(name, f"{value} is a relative path", f"export {name}={path.resolve()}")
-    if path.exists() and not path.is_dir():
+    there = nearest_existing(path)
+    if there == path and not path.is_dir():
         return fail(name, f"{path} is a file", f"export {name}=/path/to/a/folder")
-    if not path.exists():
-        parent = nearest_existing(path)
-        if problem := write_problem(parent):
+    if there != path:
+        if problem := write_problem(there):
             return fail(name, f"{path} does not exist and cannot be made ({problem})", f"export {name}=/path/of/yours")
         return ok(name, f"{path}, made when it is needed")
     if problem := write_problem(path):

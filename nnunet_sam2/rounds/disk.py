@@ -13,6 +13,7 @@ from typing import Any
 from nnunet_sam2.cohort.cohort import Case, Cohort
 from nnunet_sam2.errors import StageError
 from nnunet_sam2.geometry import choose_slice_axis, view_axes
+from nnunet_sam2.machine import nearest_existing
 
 # Bytes a voxel of the image's own grid; above what runs on hippocampus, chaos_t2_mr and acdc wrote (label 0.02,
 # confidence 0.8, a channel's probabilities 0.1) and above what untrained networks make (confidence 1.3, probabilities
@@ -166,8 +167,7 @@ def count_parameters(kwargs: Mapping[str, Any]) -> int:
 
 def free_bytes(folder: Path) -> int:
     """Return the free bytes of the file system that ``folder``, which need not exist yet, will lie on."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(nearest_existing(folder)).free
 
 
 def require_room(folder: Path, needed: int, *, what: str) -> None:
