@@ -44,6 +44,7 @@ def test_whatever_is_not_ok_has_to_say_how_to_mend_it() -> None:
 def test_an_old_python_fails() -> None:
     assert level(packages.check_python("3.9.2", ">=3.10")) == "fail"
     assert level(packages.check_python("3.12.0", ">=3.10")) == "ok"
+    assert level(packages.check_python("3.12.0+", ">=3.10")) == "ok"
 
 
 def test_missing_and_foreign_versions_fail_with_the_line_to_type() -> None:
@@ -133,6 +134,18 @@ def test_a_folder_that_cannot_be_written_to_fails_but_raw_data_may_be_read_only(
     assert level(storage_places.check_root(VARIABLES[2], str(tmp_path))) == "fail"
     assert level(storage_places.check_root(VARIABLES[2], str(tmp_path / "new"))) == "fail"
     assert level(storage_places.check_cache("cache", tmp_path / "new", variable="X")) == "warn"
+
+
+def test_a_place_that_nobody_may_look_at_is_named_and_the_other_checks_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    monkeypatch.setattr(storage_places, "write_problem", lambda folder: "Permission denied")
+    value = "/a folder of others/data"
+    finding = storage_places.check_root(VARIABLES[2], value)
+    assert (level(finding), "Permission denied" in finding.message) == ("fail", True)
+    assert len(list(storage_places.check_room({VARIABLES[2]: value}))) == 1
 
 
 def test_a_folder_is_tried_by_making_a_file_that_does_not_stay(tmp_path: Path) -> None:

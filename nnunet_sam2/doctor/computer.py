@@ -42,12 +42,14 @@ def read_accelerator() -> Accelerator:
         import torch
 
         cuda = torch.cuda.is_available()
+        # Not by `mem_get_info`, for which a device that another program has to itself must be opened.
+        device = torch.cuda.get_device_properties(0) if cuda else None
         return Accelerator(
             cuda=cuda,
             mps=torch.backends.mps.is_available(),
             built_for_cuda=torch.version.cuda is not None,
-            name=torch.cuda.get_device_name() if cuda else "",
-            memory=int(torch.cuda.mem_get_info()[1]) if cuda else 0,
+            name=device.name if device else "",
+            memory=int(device.total_memory) if device else 0,
         )
     except Exception as error:  # whatever a broken installation raises is what the user wants to read
         text = str(error).strip().splitlines()

@@ -42,7 +42,8 @@ def own_python() -> str:
 
 def check_python(version: str, wanted: str) -> Finding:
     """Hold the running Python against the range."""
-    if SpecifierSet(wanted).contains(version, prereleases=True):
+    # A build between two releases ends in "+".
+    if SpecifierSet(wanted).contains(version.rstrip("+"), prereleases=True):
         return ok("python", version)
     return fail(
         "python", f"{version}, but {wanted} is needed", "make an environment with a newer Python and install there"
