@@ -54,16 +54,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if path.exists():
                 # Out of the way in one step: to remove a large folder first would leave neither for long.
                 os.replace(path, aside)
-            try:
-                os.replace(temporary, path)
-            except OSError:
-                if aside.exists():
-                    os.replace(aside, path)
-                raise
+            os.replace(temporary, path)
             _flush(path.parent)
-            shutil.rmtree(aside, ignore_errors=True)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            # Whatever came between, a signal as well.
+            if aside.exists() and not path.exists():
+                os.replace(aside, path)
+            for left in (aside, temporary):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def write_stream(path: Path, write: Callable[[Any], object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.rounds.nnunet.cases import save_array
 from nnunet_sam2.sam2.cache import TENSORS, EmbeddingCache
 from nnunet_sam2.sam2.checkpoint import write_safetensors
+from nnunet_sam2.stopping import Stopped
 from nnunet_sam2.storage import TEMPORARY_MARK, atomic_folder, write_json, write_stream
 from nnunet_sam2.support.library import write_probabilities
 from nnunet_sam2.trainers.checkpoints import read_checkpoint, write_checkpoint
@@ -107,8 +109,9 @@ def test_a_folder_that_finds_no_room_leaves_nothing(small_disk: Path) -> None:
     assert not [path for path in small_disk.iterdir() if path.name.startswith((TEMPORARY_MARK, "cohort"))]
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), Stopped(signal.SIGTERM)])
 def test_a_folder_that_cannot_take_its_name_leaves_the_one_before_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with atomic_folder(tmp_path / "a") as folder:
         (folder / "old").write_bytes(b"1")
@@ -116,11 +119,11 @@ def test_a_folder_that_cannot_take_its_name_leaves_the_one_before_it(
 
     def refuse_new(source: Path, target: Path) -> None:
         if (Path(source) / "new").exists():
-            raise OSError(5, "Input/output error")
+            raise error
         replace(source, target)
 
     monkeypatch.setattr(storage.os, "replace", refuse_new)
-    with pytest.raises(OSError, match="Input/output"), atomic_folder(tmp_path / "a") as folder:
+    with pytest.raises(type(error)), atomic_folder(tmp_path / "a") as folder:
         (folder / "new").write_bytes(b"2")
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["a", "a/old"]
 
