@@ -264,6 +264,11 @@ def test_regions_and_the_ignore_label_reach_dataset_json(tmp_path: Path, fresh_r
     _stock_check(cohort)
 
 
+def test_the_background_may_be_written_with_a_capital(tmp_path: Path, fresh_roots: Path) -> None:
+    cohort = _convert(_source(tmp_path / "source"), "--labels", '{"Background": 0, "a": 1, "b": 2}')
+    assert cohort.labels == {"background": 0, "a": 1, "b": 2}
+
+
 def test_other_volume_formats_are_rewritten_and_small_differences_of_grid_are_removed(
     tmp_path: Path, fresh_roots: Path
 ) -> None:

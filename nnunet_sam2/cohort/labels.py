@@ -54,7 +54,7 @@ def make_label_table(
     """
     table: dict[str, LabelValue] = {BACKGROUND: 0}
     for name, value in declared.items():
-        if name == BACKGROUND:
+        if name.lower() == BACKGROUND:
             if value != 0:
                 raise InputError(f"label background has value {value}; nnU-Net's background is 0")
             continue
