@@ -54,15 +54,19 @@ def read_volume(paths: Sequence[Path], *, split_fourth_axis: bool = False) -> Vo
             raise InputError(
                 f"{paths[0]} and {path} are channels of one image but differ in {difference}; resample one"
             )
-        with np.errstate(over="ignore"):
-            channels.append(array.astype(np.float32))
+        channels.append(as_float32(path, array))
     if first is None:
         raise InputError("an image needs at least one file")
-    volume = Volume(array_czyx=np.concatenate(channels), geometry=first)
-    for path, channel in zip(paths, channels, strict=True):
-        if not np.isfinite(channel).all():
-            raise InputError(f"{path} holds values beyond the range of 32 bit floats; rescale it")
-    return volume
+    return Volume(array_czyx=np.concatenate(channels), geometry=first)
+
+
+def as_float32(path: Path, array: np.ndarray) -> np.ndarray:
+    """Return a file's finite values as nnU-Net and SAM 2 take them; raise `InputError` where one becomes infinite."""
+    with np.errstate(over="ignore"):
+        values = array.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise InputError(f"{path} holds values beyond the range of 32 bit floats; rescale it")
+    return values
 
 
 def read_geometry(path: Path) -> Geometry:

@@ -104,6 +104,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ..
     "NaN": (lambda s: _write_float(s / "images/case2.nii.gz", np.nan), (), ("images/case2.nii.gz", "1 NaN", "replace")),
     "Inf": (lambda s: _write_float(s / "images/case2.nii.gz", np.inf), (), ("images/case2.nii.gz", "1 infinite")),
     "NaN label": (lambda s: _write_float(s / "labels/case1.nii.gz", np.nan), (), ("labels/case1.nii.gz", "1 NaN")),
+    "beyond 32 bits": (
+        lambda s: write_image(s / "images/case2.nii.gz", random_image(2) * 1e300, GRID),
+        (),
+        ("images/case2.nii.gz", "32 bit floats", "rescale"),
+    ),
     "moved label": (_move_label, (), ("labels/case1.nii.gz", "origin", "tolerance 0.01", "resample")),
     "turned label": (_turn_label, (), ("labels/case1.nii.gz", "direction", "tolerance 0.001")),
     "cropped label": (_crop_label, (), ("labels/case1.nii.gz", "shape", "(3, 10, 12)")),

@@ -19,7 +19,7 @@ from nnunet_sam2.files.pictures import picture_fits_png
 from nnunet_sam2.files.repairs import STRICT, ReadPolicy, Repairs
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.progress import say, track
-from nnunet_sam2.volumes import placed_voxel_hash, read_label_as, read_stored_as, voxel_hash
+from nnunet_sam2.volumes import as_float32, placed_voxel_hash, read_label_as, read_stored_as, voxel_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +145,7 @@ def _check_case(case: SourceCase, table: LabelTable | None, policy: ReadPolicy) 
     if mended and label_file is not None:
         repairs[f"{label_file.parent.name}/{label_file.name}"] = mended
     picture = file_ending(case.images[0]) in PICTURE_ENDINGS
-    stacked = np.concatenate([array.astype(np.float32) for array in arrays])
-    if not np.isfinite(stacked).all():
-        raise InputError(f"{case.images[0]} holds values beyond the range of 32 bit floats; rescale it")
+    stacked = np.concatenate([as_float32(path, array) for path, array in zip(case.images, arrays, strict=True)])
     notes = []
     if stacked.min() == stacked.max():
         notes.append(f"{case.images[0]} is constant: every voxel is {stacked.min():g}")
