@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from nnunet_sam2.cli.main import main as command
+from nnunet_sam2.folders import VARIABLES, DatasetFolders, find_dataset
+
 PROJECT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("NNUNET_SAM2_DATA", PROJECT.parent / "shared" / "data"))
 WEIGHTS = Path(os.environ.get("NNUNET_SAM2_WEIGHTS", PROJECT.parent / "shared" / "weights"))
@@ -95,3 +98,24 @@ def cut(bench: BenchSet, seed: int, folder: Path) -> tuple[Path, Path]:
                 if not (target / name).exists():
                     (target / name).symlink_to(source / kind / name)
     return folder / "train", folder / "test"
+
+
+def converted(bench: BenchSet, seed: int, work: Path, name: str) -> DatasetFolders:
+    """Return the dataset of a cut in nnU-Net's folders under ``work``, which the environment then names; made once."""
+    for root in VARIABLES:
+        folder = work / root
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ[root] = str(folder)
+    dataset_id = bench.dataset_id + seed
+    if not (work / "nnUNet_raw" / f"Dataset{dataset_id:03d}_{name}").is_dir():
+        train, test = cut(bench, seed, work / "source" / name)
+        status = command(
+            [
+                *("convert", str(train), "-d", str(dataset_id), "-n", name, "--layout", "folder", "--test", str(test)),
+                *("--labelled", str(bench.n_labelled), "--seed", str(seed), "--channels", "MR"),
+                *("--labels", bench.labels),
+            ]
+        )
+        if status:
+            raise SystemExit(status)
+    return find_dataset(dataset_id)

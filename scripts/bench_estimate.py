@@ -15,12 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench_data import PROJECT, SETS, cut
+from bench_data import PROJECT, SETS, converted
 from marked_table import replace_marked
 
-from nnunet_sam2.cli.main import main as command
 from nnunet_sam2.cli.status import duration
-from nnunet_sam2.folders import DatasetFolders, find_dataset
+from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.machine import usable_cores
 from nnunet_sam2.provenance import provenance
 from nnunet_sam2.report.write import try_to_report
@@ -32,8 +31,7 @@ from nnunet_sam2.storage import read_json, write_json
 
 RESULTS = PROJECT / "docs" / "benchmarks" / "estimate.json"
 PAGE = PROJECT / "docs" / "benchmarks.md"
-SMALL = replace(SETS["hippocampus"], n_labelled=4, n_unlabelled=6, n_test=3)
-FIRST_ID = 650
+SMALL = replace(SETS["hippocampus"], dataset_id=650, n_labelled=4, n_unlabelled=6, n_test=3)
 
 
 def main() -> None:
@@ -64,7 +62,7 @@ def main() -> None:
 
 def bench(seed: int, work: Path, options: RunOptions) -> dict[str, Any]:
     """Return the estimate and what the run really took."""
-    folders = _dataset(seed, work)
+    folders = converted(SMALL, seed, work, f"{SMALL.name}-small-seed{seed}")
     before = work / "estimate.json"
     if not before.is_file():
         write_json(before, {**estimate_run(folders, options).to_json(), "load": _load()})
@@ -181,26 +179,6 @@ def _load() -> float:
 def _bytes(folder: Path) -> int:
     seen = {(s.st_dev, s.st_ino): s.st_size for s in (p.stat() for p in folder.rglob("*") if p.is_file())}
     return sum(seen.values())
-
-
-def _dataset(seed: int, work: Path) -> DatasetFolders:
-    for name in ("raw", "preprocessed", "results"):
-        folder = work / f"nnUNet_{name}"
-        folder.mkdir(parents=True, exist_ok=True)
-        os.environ[f"nnUNet_{name}"] = str(folder)
-    dataset_id, name = FIRST_ID + seed, f"{SMALL.name}-small-seed{seed}"
-    if not (work / "nnUNet_raw" / f"Dataset{dataset_id:03d}_{name}").is_dir():
-        train, test = cut(SMALL, seed, work / "source" / name)
-        status = command(
-            [
-                *("convert", str(train), "-d", str(dataset_id), "-n", name, "--layout", "folder", "--test", str(test)),
-                *("--labelled", str(SMALL.n_labelled), "--seed", str(seed), "--channels", "MR"),
-                *("--labels", SMALL.labels),
-            ]
-        )
-        if status:
-            raise SystemExit(status)
-    return find_dataset(dataset_id)
 
 
 if __name__ == "__main__":

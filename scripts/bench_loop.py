@@ -8,21 +8,19 @@ A killed benchmark continues when started again.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench_data import PROJECT, SETS, BenchSet, cut
+from bench_data import PROJECT, SETS, BenchSet, converted
 from bench_table import write_table
 from filelock import FileLock
 from scoring import score_model, score_run
 
-from nnunet_sam2.cli.main import main as command
 from nnunet_sam2.cohort.cohort import HIDDEN_LABELS, Cohort
-from nnunet_sam2.folders import DatasetFolders, find_dataset
+from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.rounds import nnunet
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.orchestrator import run_loop
@@ -56,7 +54,7 @@ def main() -> None:
 
 def bench(bench_set: BenchSet, seed: int, work: Path, *, rounds: int, threads: int) -> Iterator[dict[str, Any]]:
     """Run one set with one seed and yield its scores, as far as they are known."""
-    folders = _dataset(bench_set, seed, work)
+    folders = converted(bench_set, seed, work, f"{bench_set.name}-seed{seed}")
     cohort = Cohort.load(folders.raw)
     options = RunOptions(
         configuration=bench_set.configuration,
@@ -130,42 +128,6 @@ def _stage_seconds(state: RunState) -> float:
 
     events = read_events(state.folder / LEDGER_FILE)
     return sum(e["seconds"] for e in events if e["event"] == "done" and e["stage"] == "setup/sam2")
-
-
-def _dataset(bench_set: BenchSet, seed: int, work: Path) -> DatasetFolders:
-    for name in ("raw", "preprocessed", "results"):
-        folder = work / f"nnUNet_{name}"
-        folder.mkdir(parents=True, exist_ok=True)
-        os.environ[f"nnUNet_{name}"] = str(folder)
-    dataset_id = bench_set.dataset_id + seed
-    name = f"{bench_set.name}-seed{seed}"
-    if not (work / "nnUNet_raw" / f"Dataset{dataset_id:03d}_{name}").is_dir():
-        train, test = cut(bench_set, seed, work / "source" / name)
-        status = command(
-            [
-                "convert",
-                str(train),
-                "-d",
-                str(dataset_id),
-                "-n",
-                name,
-                "--layout",
-                "folder",
-                "--test",
-                str(test),
-                "--labelled",
-                str(bench_set.n_labelled),
-                "--seed",
-                str(seed),
-                "--channels",
-                "MR",
-                "--labels",
-                bench_set.labels,
-            ]
-        )
-        if status:
-            raise SystemExit(status)
-    return find_dataset(dataset_id)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ PAGE = PROJECT / "docs" / "benchmarks.md"
 CHECKPOINTS = {"none": None, "embedded": "embedded", "hiera_tiny": str(HIERA_TINY_IMAGE)}
 """Short name on the command line -> what is loaded; ``none`` stands for the copies, which need no model."""
 HIERA_SIZES = {"hippocampus": 256}
-"""Pixels for Hiera-tiny where it is not 512, as in bench_loop.py."""
+"""Pixels for Hiera-tiny where it is not 512."""
 _TIMES = {256: 1.5, 512: 12.0}
 """How much slower Hiera-tiny is than the embedded model, by pixels; only the plan asks."""
 
