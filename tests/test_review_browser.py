@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 from browser import complaints, open_browser, requests, resize
+from finished_run import add_labels, fused_record
 from review_client import Client
 
+from nnunet_sam2.cohort.cohort import Cohort
+from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.rounds.decisions.record import CaseDecisions, decisions_path, read_decisions, standing
+from nnunet_sam2.rounds.ledger import Ledger
 
 NAME = "return document.getElementById('case-name').textContent"
 
@@ -76,6 +80,39 @@ def test_keys_accept_reject_and_take_out_and_lead_from_what_is_open_to_what_is_o
     _press(opened, "u")
     _until(lambda: "subject_003" not in _stands(client.run))
     _until(lambda: opened.execute_script(progress) == "1 of 2 cases decided")
+
+
+def test_a_key_that_is_quicker_than_the_last_answer_is_for_the_next_class_and_for_no_other_case(
+    opened: Any, client: Client
+) -> None:
+    keys = (
+        "for (const key of arguments[0]) "
+        "document.body.dispatchEvent(new KeyboardEvent('keydown', { key, repeat: arguments[1], bubbles: true }))"
+    )
+    opened.execute_script(keys, "raa", False)
+    _until(lambda: opened.execute_script(NAME) == "subject_003")
+    opened.execute_script(keys, "aAr", True)  # keys that are held
+    _press(opened, "x")
+    _until(lambda: "subject_003" in _stands(client.run))
+    stands = _stands(client.run)
+    assert (list(stands["subject_004"].rejected), list(stands["subject_004"].accepted)) == ([2], [1])
+    assert stands["subject_003"] == CaseDecisions(taken_out=True)
+
+
+def test_a_page_that_shows_an_older_label_cannot_decide_about_the_newer_one_of_another_tab(
+    opened: Any, client: Client, run: tuple[DatasetFolders, Path]
+) -> None:
+    cohort = Cohort.load(run[0].raw)
+    add_labels(Ledger(client.run), cohort, 3, fused_record("subject_003", "subject_004", 3))
+    assert client.ask("GET", "")[0] == 200  # the other tab
+    trouble = "const t = document.getElementById('trouble'); return t.hidden ? '' : t.textContent"
+    opened.execute_script("document.dispatchEvent(new Event('visibilitychange'))")
+    _until(lambda: "newer labels than this page shows" in opened.execute_script(trouble))
+    _press(opened, "a")
+    _until(lambda: "another label than the one that you saw" in opened.execute_script(trouble))
+    assert _stands(client.run) == {}
+    # The browser itself complains about the answer 409.
+    assert all("409" in text for text in complaints(opened))
 
 
 def test_clicks_do_the_same_and_a_second_one_takes_it_back(opened: Any, client: Client) -> None:

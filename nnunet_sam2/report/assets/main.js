@@ -68,6 +68,8 @@ byId("slice").addEventListener("wheel", (event) => {
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea")) return;
+  // A person's word is said once, however long its key is held.
+  if (event.repeat && event.key in moreKeys) return;
   const anywhere = { j: () => stepSlice(1), k: () => stepSlice(-1), n: () => stepCase(1), p: () => stepCase(-1), Escape: closeCase, 3: () => chooseMode("surface"), 2: () => chooseMode("slices") };
   Object.assign(anywhere, moreKeys);
   for (const [name, key] of TOGGLES) anywhere[key] = () => viewer.pictures && toggle(name);

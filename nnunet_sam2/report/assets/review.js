@@ -1,6 +1,8 @@
 // A person's word: accept, reject, take out, by class and case, saved the moment it is said.
 
 const word = { marked: null, queue: Promise.resolve() };
+// The labels that this page shows: what the server shows may be newer, once it has been loaded elsewhere.
+const SEEN = Object.fromEntries(Object.entries(REVIEW.cases).map(([id, w]) => [id, w.label]));
 
 const isOpen = (w) => Object.keys(w.open).length > 0;
 const openCases = () => casesInOrder().filter((index) => wordOf(DATA.cases[index]) && isOpen(wordOf(DATA.cases[index])));
@@ -23,14 +25,17 @@ async function ask(route, body) {
   return value;
 }
 
-/** Ask one thing after another, and say what went wrong. */
+/** Ask one thing after another, and say what went wrong. A function says when its turn has come what to ask; null is nothing. */
 function askInTurn(route, body, then) {
   word.queue = word.queue.then(async () => {
     try {
-      const state = await ask(route, body);
+      const asked = typeof body === "function" ? body() : body;
+      if (asked === null) return;
+      const state = await ask(route, asked);
       takeIn(state);
-      trouble(state.newer ? "The run has newer labels than this page shows: load it again before you go on." : "");
-      if (then) then(state);
+      const newer = state.newer || Object.entries(state.cases).some(([id, w]) => w.label !== SEEN[id]);
+      trouble(newer ? "The run has newer labels than this page shows: load it again before you go on." : "");
+      if (then) then(state, asked);
     } catch (error) {
       trouble(error.message);
     }
@@ -107,16 +112,22 @@ function wordButton(decision, text, key, pressed, disabled) {
   return button;
 }
 
-/** Say something of classes, or of the case (no classes); what was said already is taken back by saying it again. */
+/** Return what to ask to say something of classes, or of the case (no classes); said again, it is taken back. */
+function decisionOn(c, decision, classes) {
+  const w = wordOf(c);
+  const free = w ? classes.filter((value) => !w.drawn.includes(value)) : [];
+  if (!w || (classes.length && !free.length)) return null;
+  const said = decision === "take out" ? w.taken_out : free.every((value) => w[`${decision}ed`].includes(value) && !w.again.includes(value)) && !w.taken_out;
+  return { case: c.id, decision: said ? "clear" : decision, classes: free, label: SEEN[c.id] ?? "" };
+}
+
+/** Say something of classes, of the case (no classes), or of the marked class (null). */
 function say(decision, classes) {
   const c = DATA.cases[viewer.index];
-  const w = c && wordOf(c);
-  if (!w) return;
-  const free = classes.filter((value) => !w.drawn.includes(value));
-  if (classes.length && !free.length) return;
-  const said = decision === "take out" ? w.taken_out : free.every((value) => w[`${decision}ed`].includes(value) && !w.again.includes(value)) && !w.taken_out;
-  const body = { case: c.id, decision: said ? "clear" : decision, classes: free, label: w.label };
-  askInTurn("decide", body, () => said || goOn(c));
+  if (!c) return;
+  // A key may be quicker than the answer to the one before: it is for the class that is marked then, of this case alone.
+  const body = classes ? decisionOn(c, decision, classes) : () => (DATA.cases[viewer.index] === c ? decisionOn(c, decision, [word.marked]) : null);
+  askInTurn("decide", body, (state, asked) => asked.decision === "clear" || goOn(c));
 }
 
 /** Mark the next open class, or open the next open case. */
@@ -162,8 +173,8 @@ byId("word").addEventListener("click", (event) => {
 byId("undo").addEventListener("click", undo);
 
 Object.assign(moreKeys, {
-  a: () => say("accept", [word.marked]),
-  r: () => say("reject", [word.marked]),
+  a: () => say("accept", null),
+  r: () => say("reject", null),
   A: () => say("accept", everyClass()),
   R: () => say("reject", everyClass()),
   x: () => say("take out", []),
