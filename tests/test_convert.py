@@ -177,6 +177,29 @@ def test_several_channels_are_found_in_three_arrangements(tmp_path: Path, fresh_
     _stock_check(cohort)
 
 
+def _write_channels(folder: Path, *channels: str, first: int = 0) -> None:
+    for c, channel in enumerate(channels):
+        for i in range(first, first + 3):
+            write_image(folder / "images" / channel / f"c{i}.nii.gz", _image(10 * c + i)[None], GEOMETRY)
+    write_label(folder / "labels" / f"c{first}.nii.gz", _label(first), GEOMETRY)
+
+
+def test_channels_are_told_apart_by_their_names_however_these_are_spelled(
+    tmp_path: Path, fresh_roots: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, test = tmp_path / "source", tmp_path / "test"
+    _write_channels(source, "ct", "pet")
+    cohort = _convert(source, "--channels", "PET,CT")
+    assert cohort.channels == ("PET", "CT")
+    assert np.array_equal(read_volume(cohort.image_paths(cohort.case("c2"))).array_czyx, [_image(12), _image(2)])
+    capsys.readouterr()
+    _convert(source, "--channels", "MR,CT", "--overwrite")
+    assert "note: the source's channels ct, pet are called MR, CT, in this order" in capsys.readouterr().out
+    _write_channels(test, "PET", "adc", first=5)
+    assert main(["convert", str(source), "-d", "8", "-n", "T", "--test", str(test)]) == 2
+    assert "has the channels PET, adc" in capsys.readouterr().err
+
+
 def test_a_number_that_only_looks_like_a_channel_is_part_of_the_name(tmp_path: Path, fresh_roots: Path) -> None:
     source = tmp_path / "source"
     for i in range(3):

@@ -117,7 +117,7 @@ def _convert_folder(
         table = table_from_values({value: case.label_file for case in checked for value in case.label_values})
     patient_of = check_duplicates(checked, assignment.role_of, assignment.patient_of)
     channels = _channel_names(found, checked, options)
-    for text in _advice(cases, checked, assignment, table, options):
+    for text in _advice(found, cases, checked, assignment, table, options):
         tell(f"note: {text}")
     cohort = Cohort(
         name=folders.name,
@@ -186,7 +186,12 @@ def collect(source: Path, options: ConvertOptions) -> tuple[Found, dict[str, Sou
             raise InputError(f"--test {test} is the source itself; name a folder of other cases")
         layout = "folder" if found.layout == "msd" else found.layout
         listed = [case for case in listed if not case.test]
-        listed += find(test, layout, channels=options.channels or found.channels, test=True).cases
+        tested = find(test, layout, channels=options.channels or found.channels, test=True)
+        if options.channels is None and found.channels and tested.channels:
+            here, there = (", ".join(names) for names in (tested.channels, found.channels))
+            if here.lower() != there.lower():
+                raise InputError(f"{test} has the channels {here}, {source} has {there}; name their files alike")
+        listed += tested.cases
     cases: dict[str, SourceCase] = {}
     folded: dict[str, SourceCase] = {}
     for case in listed:
@@ -268,6 +273,7 @@ def _channel_names(found: Found, checked: list[CheckedCase], options: ConvertOpt
 
 
 def _advice(
+    found: Found,
     cases: dict[str, SourceCase],
     checked: list[CheckedCase],
     assignment: Assignment,
@@ -276,6 +282,10 @@ def _advice(
 ) -> list[str]:
     """Collect what deserves a line but is no reason to refuse."""
     notes = [note for case in checked for note in case.notes]
+    if options.channels and found.channels:
+        here, there = (", ".join(names) for names in (found.channels, options.channels))
+        if here.lower() != there.lower():
+            notes.append(f"the source's channels {here} are called {there}, in this order")
     pair = suspect_patients(list(cases)) if options.patient_pattern is None else None
     if pair:
         notes.append(f"{pair[0]} and {pair[1]} look like one patient; say so with --patient-pattern '^([^_]+)'")

@@ -133,8 +133,9 @@ def _by_folder(
             for case_id, files in contents.items()
         }
     names = sorted(set().union(*by_case.values()))
-    if wanted and set(wanted) == set(names):
-        names = list(wanted)
+    stored = {name.lower(): name for name in names}
+    if wanted and {name.lower() for name in wanted} == set(stored):
+        names = [stored[name.lower()] for name in wanted]
     for case_id, channels in by_case.items():
         missing = [name for name in names if name not in channels]
         if missing:
