@@ -74,15 +74,14 @@ def preprocess_unlabelled(
     case_ids: Sequence[str],
     *,
     plans: str = PLANS,
-    processes: int = 1,
 ) -> Path:
     """Preprocess the images of unlabelled cases once and return their folder, with one folder a case in it.
 
-    The plans' fingerprint is that of the labelled cases. ``processes`` above 1 starts that many workers.
+    The plans' fingerprint is that of the labelled cases.
     """
     folder = unlabelled_folder(folders, configuration, plans=plans)
     with only_writer(folders):
-        _preprocess_missing(folders, cohort, configuration, case_ids, folder, plans, processes)
+        _preprocess_missing(folders, cohort, configuration, case_ids, folder, plans)
     return folder
 
 
@@ -159,7 +158,6 @@ def _preprocess_missing(
     case_ids: Sequence[str],
     folder: Path,
     plans: str,
-    processes: int,
 ) -> None:
     loaded = load_preprocessing(folders, configuration, plans=plans)
     keys = {case_id: _image_key(cohort.case(case_id), loaded) for case_id in case_ids}
@@ -168,31 +166,8 @@ def _preprocess_missing(
         return
     remove_temporary_files(folder)
     jobs = [([str(p) for p in cohort.image_paths(cohort.case(c))], folder / c, keys[c]) for c in todo]
-    what = f"preprocessing {len(todo)} unlabelled cases"
-    if processes == 1:
-        for images, target, key in track(jobs, what=what, total=len(jobs)):
-            _preprocess_image(images, target, key, loaded)
-        return
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context) as pool:
-        futures = [
-            pool.submit(_preprocess_in_worker, images, target, key, folders, configuration, plans)
-            for images, target, key in jobs
-        ]
-        for future in track(as_completed(futures), what=what, total=len(futures)):
-            future.result()
-
-
-def _preprocess_in_worker(
-    images: list[str], target: Path, key: str, folders: DatasetFolders, configuration: str, plans: str
-) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    _preprocess_image(images, target, key, load_preprocessing(folders, configuration, plans=plans))
+    for images, target, key in track(jobs, what=f"preprocessing {len(todo)} unlabelled cases"):
+        _preprocess_image(images, target, key, loaded)
 
 
 def _preprocess_image(images: list[str], target: Path, key: str, loaded: Preprocessing) -> None:

@@ -57,7 +57,6 @@ def make_round_configuration(
     confidence: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     plans: str = PLANS,
-    processes: int = 1,
 ) -> RoundConfiguration:
     """Build the immutable configuration ``name`` (such as ``3d_fullres_r01``) and its data folder.
 
@@ -115,7 +114,7 @@ def make_round_configuration(
         if whole and all_plans["configurations"].get(name) == entry:
             return made
     if pseudo_cases:
-        preprocess_unlabelled(folders, cohort, base_configuration, pseudo_cases, plans=plans, processes=processes)
+        preprocess_unlabelled(folders, cohort, base_configuration, pseudo_cases, plans=plans)
     with only_writer(folders):
         loaded = load_preprocessing(folders, base_configuration, plans=plans)
         _write_data(made, cohort, folders, unlabelled_folder(folders, base_configuration, plans=plans), inputs, loaded)

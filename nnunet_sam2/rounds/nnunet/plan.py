@@ -51,7 +51,6 @@ def plan_and_preprocess(
     log: Path,
     plans: str = PLANS,
     planner: str | None = None,
-    processes: int = 1,
     hang_minutes: float = HANG_MINUTES,
 ) -> Path:
     """Fingerprint, plan and preprocess the labelled cases with nnU-Net's own command; return the plans file.
@@ -62,7 +61,7 @@ def plan_and_preprocess(
     if not cohort.labelled:
         raise InputError(f"{cohort.name} has no labelled case; nnU-Net needs at least one to plan from")
     with only_writer(folders):
-        _plan_and_preprocess(folders, cohort, configuration, log, plans, planner, processes, hang_minutes)
+        _plan_and_preprocess(folders, cohort, configuration, log, plans, planner, hang_minutes)
     return plans_path(folders, plans)
 
 
@@ -103,7 +102,6 @@ def _plan_and_preprocess(
     log: Path,
     plans: str,
     planner: str | None,
-    processes: int,
     hang_minutes: float,
 ) -> None:
     key = labelled_key(cohort)
@@ -124,10 +122,10 @@ def _plan_and_preprocess(
     # Before anything changes: what is on disk may be half a step from here on.
     state["done"] = [name for name in state["done"] if name != configuration]
     _write_marker(folders, {**marker, plans: state})
-    environment = child_environment(threads=1, processes=processes, augmentation_workers=1)
+    environment = child_environment(threads=1, augmentation_workers=1)
     if not state["planned"]:
         argv = [console_script("nnUNetv2_plan_and_preprocess"), "-d", str(folders.dataset_id), "-c", configuration]
-        argv += ["-npfp", str(processes), "-np", str(processes), "--clean", "--no_pbar"]
+        argv += ["-npfp", "1", "-np", "1", "--clean", "--no_pbar"]
         if planner is not None:
             argv += ["-pl", planner]
         if plans != PLANS and planner is None:
@@ -136,7 +134,7 @@ def _plan_and_preprocess(
         require_trainable(read_plans(folders, plans), configuration)
         _copy(cohort.root / "dataset.json", folders.preprocessed / "dataset.json")
         argv = [console_script("nnUNetv2_preprocess"), "-d", str(folders.dataset_id), "-plans_name", plans]
-        argv += ["-c", configuration, "-np", str(processes), "--no_pbar"]
+        argv += ["-c", configuration, "-np", "1", "--no_pbar"]
     what = f"planning and preprocessing {folders.name}"
     run_logged(argv, log=log, environment=environment, what=what, hang_minutes=hang_minutes)
     if not plans_path(folders, plans).is_file():
