@@ -25,6 +25,7 @@ from nnunet_sam2.rounds.context import RunContext
 from nnunet_sam2.rounds.device_memory import on_cpu_if_full
 from nnunet_sam2.rounds.ledger import BACKUP_FILE, LEDGER_FILE, Ledger, StageResult, read_events
 from nnunet_sam2.rounds.lock import OWNER_FILE, Owner, in_use, only_run
+from nnunet_sam2.rounds.nnunet.base import only_writer
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import read_state
 from nnunet_sam2.storage import write_json
@@ -245,15 +246,19 @@ def test_a_killed_owner_is_named_and_passed_over(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / OWNER_FILE).exists()
 
 
-def test_on_a_file_system_without_locks_the_owners_entry_stands_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(params=[NotImplementedError("flock is not supported"), OSError(errno.ENOLCK, "No locks available")])
+def without_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that has no locks, as both kinds of it say so."""
     import filelock
 
     def no_locks(self: object, timeout: float) -> None:
-        raise NotImplementedError("FileSystem does not appear to support flock")
+        raise request.param
 
     monkeypatch.setattr(filelock.FileLock, "acquire", no_locks)
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_on_a_file_system_without_locks_the_owners_entry_stands_in(tmp_path: Path) -> None:
     with only_run(tmp_path), pytest.raises(InputError, match=f"process {os.getpid()}"), only_run(tmp_path):
         pass
     write_json(tmp_path / OWNER_FILE, vars(Owner(pid=2**22 + 5, host=Owner.this().host, started=1.0)))
@@ -262,6 +267,14 @@ def test_on_a_file_system_without_locks_the_owners_entry_stands_in(
     write_json(tmp_path / OWNER_FILE, vars(Owner(pid=1, host="elsewhere", started=1.0)))
     with pytest.raises(InputError, match="another machine"), locks.only_run(tmp_path):
         pass
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_preprocessed_data_that_cannot_be_locked_are_written_and_the_danger_is_said(
+    fresh_dataset: DatasetFolders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with only_writer(fresh_dataset):
+        assert "let no other run of Dataset501_Tiny begin" in capsys.readouterr().out
 
 
 def test_a_full_gpu_leaves_the_rest_of_a_stage_to_the_cpu_and_the_ledger_knows(tmp_path: Path) -> None:

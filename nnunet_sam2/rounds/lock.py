@@ -88,7 +88,7 @@ def only_run(folder: Path) -> Iterator[None]:
     except Timeout:
         raise InputError(in_use(folder, Owner.read(entry))) from None
     except (NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+        if not has_no_locks(error):
             raise
         owner = Owner.read(entry)
         if owner is not None and (owner.is_elsewhere or owner.is_alive):
@@ -102,6 +102,11 @@ def only_run(folder: Path) -> Iterator[None]:
     finally:
         entry.unlink(missing_ok=True)
         lock.release()
+
+
+def has_no_locks(error: NotImplementedError | OSError) -> bool:
+    """Say whether a lock could not be taken because the file system has none."""
+    return isinstance(error, NotImplementedError) or error.errno in _NO_LOCKS
 
 
 def in_use(folder: Path, owner: Owner | None) -> str:
