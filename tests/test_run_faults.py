@@ -17,6 +17,7 @@ import pytest
 
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.cohort.cohort import Cohort
+from nnunet_sam2.cohort.splits import make_splits
 from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.rounds import disk
@@ -27,6 +28,7 @@ from nnunet_sam2.rounds.ledger import BACKUP_FILE, LEDGER_FILE, Ledger, StageRes
 from nnunet_sam2.rounds.lock import OWNER_FILE, Owner, in_use, only_run
 from nnunet_sam2.rounds.nnunet.base import only_writer
 from nnunet_sam2.rounds.options import RunOptions
+from nnunet_sam2.rounds.room import Room
 from nnunet_sam2.rounds.state import read_state
 from nnunet_sam2.storage import write_json
 from nnunet_sam2.support.library import load_query
@@ -275,6 +277,16 @@ def test_preprocessed_data_that_cannot_be_locked_are_written_and_the_danger_is_s
 ) -> None:
     with only_writer(fresh_dataset):
         assert "let no other run of Dataset501_Tiny begin" in capsys.readouterr().out
+
+
+def test_a_run_whose_preprocessed_data_were_removed_makes_them_again(fresh_dataset: DatasetFolders) -> None:
+    options = RunOptions(sam2="untrained", device="cpu", profile="cpu")
+    folder = fresh_dataset.results / "nnunet_sam2" / options.run_name
+    ledger, cohort = Ledger(folder), Cohort.load(fresh_dataset.raw)
+    ledger.run_stage("setup/plan", {}, lambda: StageResult(info={"folds": make_splits(cohort)}), what="plan")
+    run = RunContext(folders=fresh_dataset, cohort=cohort, options=options, ledger=ledger, folder=folder)
+    assert not fresh_dataset.preprocessed.exists()
+    Room(run).require("setup/plan")
 
 
 def test_a_full_gpu_leaves_the_rest_of_a_stage_to_the_cpu_and_the_ledger_knows(tmp_path: Path) -> None:

@@ -13,8 +13,15 @@ from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.rounds.disk import folder_bytes
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
 from nnunet_sam2.rounds.lock import LOCK_FILE, only_run
-from nnunet_sam2.rounds.nnunet.base import PLANS, model_folder, only_writer, plans_path, read_plans, write_plans
-from nnunet_sam2.rounds.nnunet.configuration import RECORD_SUFFIX
+from nnunet_sam2.rounds.nnunet.base import (
+    PLANS,
+    RECORD_SUFFIX,
+    model_folder,
+    only_writer,
+    plans_path,
+    read_plans,
+    write_plans,
+)
 from nnunet_sam2.rounds.state import EMBEDDINGS, RUNS_FOLDER, run_folder
 from nnunet_sam2.storage import TEMPORARY_MARK, remove_temporary_files
 

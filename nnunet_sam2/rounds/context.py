@@ -19,7 +19,7 @@ from nnunet_sam2.rounds.ledger import Ledger
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import EMBEDDINGS, RUNS_FOLDER
 from nnunet_sam2.sam2.weights.cache import weights_identity
-from nnunet_sam2.storage import file_hash, read_json
+from nnunet_sam2.storage import file_hash
 from nnunet_sam2.trainers.settings import RoundSettings
 
 
@@ -139,8 +139,7 @@ class RunContext:
     @cached_property
     def plans(self) -> Mapping[str, Any]:
         """Return nnU-Net's plans of the dataset."""
-        plans: Mapping[str, Any] = read_json(self.folders.preprocessed / f"{nnunet.PLANS}.json")
-        return plans
+        return nnunet.read_plans(self.folders)
 
     @cached_property
     def overrides(self) -> Mapping[str, Any] | None:
@@ -156,7 +155,7 @@ class RunContext:
         trained = self._trained_before(number)
         if trained is not None and not final:
             before = self.options.round_configuration(trained)
-            folder = nnunet.model_folder(self.folders, before) / f"fold_{self.fold}"
+            folder = nnunet.fold_folder(self.folders, before, self.fold)
             warm_start = str((folder / "checkpoint_final.pth").relative_to(self.folders.results))
         return replace(
             settings,

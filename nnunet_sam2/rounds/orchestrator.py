@@ -20,7 +20,7 @@ from nnunet_sam2.rounds.ending.health import Health
 from nnunet_sam2.rounds.labelling_stages import LabellingStages
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, Ledger
 from nnunet_sam2.rounds.lock import only_run
-from nnunet_sam2.rounds.nnunet import PLANS
+from nnunet_sam2.rounds.nnunet import plans_path, read_plans
 from nnunet_sam2.rounds.nnunet.plan import SPLITS_FILE
 from nnunet_sam2.rounds.options import RunOptions, describe_difference
 from nnunet_sam2.rounds.pseudo_labels import Fused
@@ -155,10 +155,9 @@ def refuse_unusable(folders: DatasetFolders, cohort: Cohort, options: RunOptions
         raise InputError(f"{where} has no labelled case; convert at least one image with its label")
     if not cohort.unlabelled:
         raise InputError(f"{where} has no unlabelled case, so there is nothing to label; add images without labels")
-    plans = folders.preprocessed / f"{PLANS}.json"
     known = list(PLANNED_CONFIGURATIONS)
-    if plans.is_file():
-        known = [name for name, c in read_json(plans)["configurations"].items() if SETTINGS_KEY not in c]
+    if plans_path(folders).is_file():
+        known = [name for name, c in read_plans(folders)["configurations"].items() if SETTINGS_KEY not in c]
     if options.configuration not in known:
         raise InputError(f"-c {options.configuration}: no such nnU-Net configuration; choose one of {', '.join(known)}")
     if options.fold == "all":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nnunet_sam2.rounds import disk
+from nnunet_sam2.rounds import disk, nnunet
 from nnunet_sam2.rounds.context import RunContext
 
 _INTO_PREPROCESSED = ("plan", "data")
@@ -31,7 +31,10 @@ class Room:
     def size(self) -> disk.RunSize:
         """Return the numbers that a stage's bytes follow from; from nnU-Net's plans as soon as there are some."""
         run = self.run
-        planned = any(event["event"] == "done" and event["stage"] == "setup/plan" for event in run.ledger.events)
+        # Preprocessed data that somebody removed are made again: there are no plans then to ask.
+        planned = nnunet.plans_path(run.folders).is_file() and any(
+            event["event"] == "done" and event["stage"] == "setup/plan" for event in run.ledger.events
+        )
         return disk.run_size(
             run.cohort,
             validation_ids=tuple(run.validation_ids) if planned else (),

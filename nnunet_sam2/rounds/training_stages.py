@@ -99,7 +99,7 @@ class TrainingStages:
                 overrides=self.run.overrides,
             )
             return StageResult(
-                files=made.own_files,
+                files=made.own_files or (made.record,),
                 info={
                     "round": number,
                     "configuration": name,

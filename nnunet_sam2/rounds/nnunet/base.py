@@ -18,6 +18,7 @@ from nnunet_sam2.storage import TEMPORARY_MARK, read_json, write_text
 from nnunet_sam2.trainers.discovery import TRAINER_NAME
 
 PLANS = "nnUNetPlans"
+RECORD_SUFFIX = "_round.json"
 LOCK_FILE = ".nnunet_sam2.lock"
 TRAINER = TRAINER_NAME
 Fold = int | str
@@ -34,6 +35,11 @@ class RoundConfiguration:
     key: str
     """Hash of everything that went in: base data, labels, confidences, settings, overrides."""
     pseudo_cases: tuple[str, ...] = ()
+
+    @property
+    def record(self) -> Path:
+        """Return the file beside the data that says what they were made of."""
+        return Path(f"{self.data_folder}{RECORD_SUFFIX}")
 
     @property
     def own_files(self) -> tuple[Path, ...]:

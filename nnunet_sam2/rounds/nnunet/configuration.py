@@ -41,8 +41,6 @@ from nnunet_sam2.storage import atomic_folder, file_hash, read_json, value_hash,
 from nnunet_sam2.trainers.settings import SETTINGS_KEY, RoundSettings
 from nnunet_sam2.volumes import read_label, read_map
 
-RECORD_SUFFIX = "_round.json"
-
 
 def make_round_configuration(
     folders: DatasetFolders,
@@ -102,7 +100,7 @@ def make_round_configuration(
     made = RoundConfiguration(
         name=name, data_folder=folder, confidence_folder=distrust, key=key, pseudo_cases=pseudo_cases
     )
-    record = folders.preprocessed / f"{identifier}{RECORD_SUFFIX}"
+    record = made.record
     if record.is_file():
         known = read_json(record)
         if known["key"] != key:

@@ -12,6 +12,7 @@ from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.rounds.nnunet.base import (
     PLANS,
+    RECORD_SUFFIX,
     only_writer,
     plans_path,
     read_plans,
@@ -25,7 +26,6 @@ from nnunet_sam2.trainers.discovery import require_nnunet
 MARKER_FILE = "nnunet_sam2_preprocessed.json"
 """Says what the preprocessed data were made of; written before a step as unfinished, after it as done."""
 
-ROUND_RECORD_PATTERN = "*_round.json"
 SPLITS_FILE = "splits_final.json"
 
 
@@ -169,7 +169,7 @@ def _write_marker(folders: DatasetFolders, marker: dict[str, Any]) -> None:
 
 
 def _refuse_if_rounds_exist(folders: DatasetFolders, planned_with: str | None) -> None:
-    if not any(folders.preprocessed.glob(ROUND_RECORD_PATTERN)):
+    if not any(folders.preprocessed.glob(f"*{RECORD_SUFFIX}")):
         return
     version = require_nnunet()
     if planned_with not in (None, version):
