@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from nnunet_sam2.cohort.cohort import Cohort
+from nnunet_sam2.cohort.cohort import HIDDEN_LABELS, Cohort
 from nnunet_sam2.cohort.convert import ConvertOptions, convert
 from nnunet_sam2.folders import DatasetFolders, new_dataset_folders
 from nnunet_sam2.labelling.records import record_path
 from nnunet_sam2.labelling.registry import STRATEGIES
+from nnunet_sam2.review.take_in import take_in
 from nnunet_sam2.rounds.context import RunContext
-from nnunet_sam2.rounds.labelling_stages import LabellingStages
+from nnunet_sam2.rounds.decisions.holds import holds_of
+from nnunet_sam2.rounds.labelling_stages import LabellingStages, SupportLabels
 from nnunet_sam2.rounds.ledger import Ledger, StageResult
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.training_stages import Student
@@ -96,6 +99,40 @@ def test_every_strategy_that_needs_no_student_labels_a_runs_volumes_and_single_s
         record = read_json(record_path(labels.folder, case.case_id))
         assert record["strategy"] == strategy
         assert set(record["quality"]["classes"]) == {str(value) for value in run.cohort.class_values}
+
+
+def test_a_label_that_a_person_drew_during_the_run_prompts_sam_2_from_its_round_on(
+    fresh_dataset: DatasetFolders, generated_folder: Path, tmp_path: Path
+) -> None:
+    run = _run(fresh_dataset, tmp_path / "run", "transfer")
+    stages = LabellingStages(run)
+    first = stages.label_from_supports()
+    drawn, other = run.cohort.unlabelled[:2]
+    take_in(fresh_dataset.raw, [generated_folder / HIDDEN_LABELS / f"{drawn.case_id}.nii.gz"])
+    holds = holds_of(Cohort.load(fresh_dataset.raw), [], held_out_patients=frozenset())
+
+    def supports(of: SupportLabels) -> set[str]:
+        return set(read_json(record_path(of.folder, other.case_id))["supports"])
+
+    assert stages.label_from_supports(2, {}) is first
+    again = stages.label_from_supports(3, holds)
+    assert supports(again) - supports(first) == {drawn.case_id}
+    assert again.folder == run.round_folder(3) / "sam2" / "unlabelled"
+    assert first.folder == run.folder / "sam2" / "unlabelled"
+    assert stages.label_from_supports(4, holds) is again
+    # A run that is repeated goes the same way and finds everything done.
+    events = len(run.ledger.events)
+    repeated = LabellingStages(run)
+    assert [repeated.label_from_supports(n, h).digest for n, h in ((0, None), (2, {}), (3, holds), (4, holds))] == [
+        first.digest,
+        first.digest,
+        again.digest,
+        again.digest,
+    ]
+    assert len(run.ledger.events) == events
+    # A case that is taken out prompts nobody.
+    out = {case_id: replace(hold, taken_out=True) for case_id, hold in holds.items()}
+    assert stages.label_from_supports(5, out).digest == first.digest
 
 
 @pytest.mark.parametrize(("strategy", "used"), [("refine", "refine"), ("transfer", "prompted")])

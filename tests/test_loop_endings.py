@@ -77,7 +77,7 @@ class ScriptedLabelling:
     def __init__(self, run: RunContext, labels: Labels) -> None:
         self.run, self.labels = run, labels
 
-    def label_from_supports(self) -> None:
+    def label_from_supports(self, number: int = 0, holds: Any = None) -> None:
         return None
 
     def refine(self, number: int, student: Student) -> None:

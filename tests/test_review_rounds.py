@@ -19,6 +19,7 @@ from nnunet_sam2.labelling.quality.calibration import Calibration
 from nnunet_sam2.review.take_in import take_in
 from nnunet_sam2.rounds import labelling_stages, orchestrator
 from nnunet_sam2.rounds.context import RunContext
+from nnunet_sam2.rounds.decisions.holds import Holds
 from nnunet_sam2.rounds.decisions.labels import TAKEN_OUT
 from nnunet_sam2.rounds.decisions.record import Decision, DecisionFile, accepted_path
 from nnunet_sam2.rounds.labelling_stages import LabellingStages, SupportLabels
@@ -91,7 +92,10 @@ class Training:
 class Labelling(LabellingStages):
     """The real fusion of a round, of what SAM 2 would have drawn."""
 
-    def label_from_supports(self) -> SupportLabels:
+    drawn: dict[int, list[str]]
+
+    def label_from_supports(self, number: int = 0, holds: Holds | None = None) -> SupportLabels:
+        self.drawn[number] = [case_id for case_id, hold in (holds or {}).items() if hold.whole_human]
         _write_source(self.run, self.run.folder / "sam2" / "unlabelled")
         return SupportLabels(
             folder=self.run.folder / "sam2" / "unlabelled",
@@ -120,6 +124,7 @@ class Story:
         monkeypatch.setattr(orchestrator, "load_labeller", lambda options, cache_dir: None)
         monkeypatch.setattr(orchestrator, "Room", lambda run: SimpleNamespace(require=lambda stage: None))
         monkeypatch.setattr(orchestrator, "LabellingStages", Labelling)
+        monkeypatch.setattr(Labelling, "drawn", {}, raising=False)
         monkeypatch.setattr(orchestrator, "TrainingStages", lambda run: Training(run, self))
         monkeypatch.setattr(labelling_stages, "read_folder", lambda folder, cases: {})
 
@@ -305,6 +310,7 @@ def test_a_corrected_label_is_a_human_one_from_the_next_round_on_and_is_never_va
     labels = story.given[3]
     assert labels is not None
     assert labels.human_cases == (FIRST,)
+    assert {n: Labelling.drawn[n] for n in (0, 1, 2, 3)} == {0: [], 1: [], 2: [], 3: [FIRST]}
     assert file_hash(story.run / "r02" / "labels" / f"{FIRST}.nii.gz") == machine
     np.testing.assert_array_equal(read_label(kept)[0], mine)
     assert make_splits(Cohort.load(story.folders.raw)) == make_splits(cohort)
@@ -319,11 +325,11 @@ def test_a_new_run_learns_a_corrected_label_at_once_and_prompts_sam_2_with_it(st
     story.before_data = lambda number: None
     original = Labelling.label_from_supports
 
-    def remember(self: Labelling) -> SupportLabels:
+    def remember(self: Labelling, number: int = 0, holds: Holds | None = None) -> SupportLabels:
         seen.append(self.run.support_ids)
         assert self.run.support_cohort.case(FIRST).role is Role.LABELLED
         assert self.run.cohort.case(FIRST).role is Role.UNLABELLED
-        return original(self)
+        return original(self, number, holds)
 
     Labelling.label_from_supports = remember  # type: ignore[method-assign]
     try:

@@ -13,8 +13,8 @@ CALIBRATION = "calibration"
 ROUND_FILE = "round.json"
 """Record of the labels that a round of a run fused."""
 
-_DEPTH = 4
-"""Folders between a dataset's results and its deepest labels: run, sam2, unlabelled, and one to spare."""
+_DEPTH = 5
+"""Folders between a dataset's results and its deepest labels: run, round, sam2, unlabelled, and one to spare."""
 
 
 def record_path(out: Path, case_id: str) -> Path:

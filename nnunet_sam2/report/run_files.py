@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -79,14 +80,21 @@ class RunFiles:
         folds = self.done["setup/plan"]["info"]["folds"]
         return tuple(folds[int(self.options.fold)]["val"]) if int(self.options.fold) < len(folds) else ()
 
-    def sam2_folder(self, case: Case) -> Path:
-        """Return the folder of SAM 2's own labels of a case's kind."""
-        return self.folder / "sam2" / ("labelled" if case.role is Role.LABELLED else "unlabelled")
+    def sam2_folders(self, case: Case) -> list[Path]:
+        """Return the folders of SAM 2's own labels of a case's kind: the first, then those of rounds, oldest first."""
+        again = sorted({stage.split("/")[0] for stage in self.done if re.fullmatch(r"r\d+/sam2", stage)})
+        kind = "labelled" if case.role is Role.LABELLED else "unlabelled"
+        return [self.folder / place / kind for place in ("sam2", *(f"{name}/sam2" for name in again))]
+
+    def record_file(self, case: Case) -> Path | None:
+        """Return the file with the record of SAM 2's newest own label of a case, None where there is none."""
+        paths = [record_path(folder, case.case_id) for folder in self.sam2_folders(case)]
+        return next((path for path in reversed(paths) if path.is_file()), None)
 
     def record(self, case: Case) -> Json | None:
-        """Return the record of SAM 2's own label of a case, None where there is none."""
-        path = record_path(self.sam2_folder(case), case.case_id)
-        return read_json(path) if path.is_file() else None
+        """Return the record of SAM 2's newest own label of a case, None where there is none."""
+        path = self.record_file(case)
+        return None if path is None else read_json(path)
 
     def label_files(self, case: Case) -> dict[str, Path]:
         """Return the label files of a case that are there: ``first``, ``last``, ``human`` and ``confidence``.
@@ -96,7 +104,7 @@ class RunFiles:
         Test labels and hidden ones of a benchmark are not among them: nothing but evaluation reads these.
         """
         name = f"{case.case_id}{self.cohort.file_ending}"
-        first = self.sam2_folder(case)
+        first = self.sam2_folders(case)[0]
         files = {"first": first / name}
         if case.role is Role.LABELLED:
             files["human"] = self.cohort.label_path(case)

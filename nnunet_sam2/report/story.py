@@ -25,8 +25,9 @@ class Stories:
 
     def of(self, case: Case) -> str:
         """Return the story of a case, at most a few thousand characters; empty where it has no record."""
-        folders = [self._files.sam2_folder(case), *sorted(self._files.folder.glob("r[0-9]*/prompted"))]
-        paths = [path for folder in folders if (path := record_path(folder, case.case_id)).is_file()]
+        prompted = sorted(self._files.folder.glob("r[0-9]*/prompted"))
+        records = (self._files.record_file(case), *(record_path(folder, case.case_id) for folder in prompted))
+        paths = [path for path in records if path is not None and path.is_file()]
         if not paths:
             return ""
         found = Found(

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nnunet_sam2.cohort.cohort import Cohort, Role
+from nnunet_sam2.cohort.cohort import Addition, Cohort, Role
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.labeller import require_memory
@@ -118,9 +118,19 @@ class RunContext:
         added = {c.case_id: c for c in Cohort.load(self.cohort.root).labelled if c.case_id in self._added_supports}
         return replace(self.cohort, cases=tuple(added.get(c.case_id, c) for c in self.cohort.cases))
 
+    def support_cohort_with(self, labels: Mapping[str, Addition]) -> Cohort:
+        """Return the `support_cohort` with whole human labels that came while the run went on, by case id."""
+        cases = (
+            replace(c, role=Role.LABELLED, label=labels[c.case_id].label, added=labels[c.case_id])
+            if c.case_id in labels
+            else c
+            for c in self.support_cohort.cases
+        )
+        return replace(self.support_cohort, cases=tuple(cases))
+
     @cached_property
     def _added_supports(self) -> list[str]:
-        """Human labels that came after the dataset was made and before this run: SAM 2's labels are made once a run."""
+        """Human labels that came after the dataset was made and before this run; later ones are the rounds' `Holds`."""
         held_out = {self.cohort.case(case_id).patient for case_id in self.validation_ids}
         added = [
             c.case_id

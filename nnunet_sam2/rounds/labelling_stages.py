@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_sam2.cohort.cohort import Addition, Cohort
 from nnunet_sam2.labelling.job import label_files
 from nnunet_sam2.labelling.labeller import label_cases
 from nnunet_sam2.labelling.leave_one_out import DiceTable, estimated_quality
@@ -44,13 +45,32 @@ class LabellingStages:
 
     def __init__(self, run: RunContext) -> None:
         self.run = run
+        self._support_labels: SupportLabels | None = None
+        self._drawn: Mapping[str, Addition] = {}  # what people drew during the run and SAM 2 was prompted with
 
-    def label_from_supports(self) -> SupportLabels:
-        """Label the unlabelled cases by SAM 2 from the supports, and the labelled ones to see how good that is."""
-        out = self.run.folder / "sam2"
+    def label_from_supports(self, number: int = 0, holds: Holds | None = None) -> SupportLabels:
+        """Label the unlabelled cases by SAM 2 from the supports, and the labelled ones to see how good that is.
+
+        Whole labels that people drew while the run went on are supports as well, from the round on in which they hold:
+        in that round all is labelled anew, otherwise what there is stays.
+        """
+        known = set(self.run.support_ids)
+        drawn = {
+            case_id: hold.human
+            for case_id, hold in sorted((holds or {}).items())
+            if hold.human is not None and hold.whole_human and not hold.taken_out and case_id not in known
+        }
+        if self._support_labels is None or drawn != self._drawn:
+            self._drawn, self._support_labels = drawn, self._label_from(drawn, f"r{number:02d}" if drawn else "setup")
+        return self._support_labels
+
+    def _label_from(self, drawn: Mapping[str, Addition], phase: str) -> SupportLabels:
+        out = self.run.folder / (f"{phase}/sam2" if drawn else "sam2")
+        supports, cohort = [*self.run.support_ids, *drawn], self.run.support_cohort_with(drawn)
         inputs = {
             "setup": self.run.digest("setup/plan"),
-            "supports": self.run.support_ids,
+            "supports": supports,
+            **({"drawn": {case_id: addition.sha256 for case_id, addition in drawn.items()}} if drawn else {}),
             "strategy": self.run.options.strategy,
             "strategy_options": self.run.options.strategy_options,
             "sam2": self.run.sam2_identity,
@@ -58,17 +78,22 @@ class LabellingStages:
             "seed": self.run.options.seed,
         }
         unlabelled = [c.case_id for c in self.run.cohort.unlabelled]
-        checkable = [c.case_id for c in self.run.cohort.labelled if set(self.run.support_ids) - {c.case_id}]
+        checkable = [c.case_id for c in self.run.cohort.labelled if set(supports) - {c.case_id}]
 
         def check() -> StageResult:
             records, files = self._label(
-                checkable, self.run.support_ids, self.run.options.strategy, out / "labelled", calibrate_on=checkable
+                cohort,
+                checkable,
+                supports,
+                self.run.options.strategy,
+                out / "labelled",
+                calibrate_on=checkable,
             )
             quality = estimated_quality(records, self.run.cohort.class_values)
             return StageResult(files=files, info={"dice": {str(v): d for v, d in quality.items() if d is not None}})
 
         checked = self.run.ledger.run_stage(
-            "setup/sam2_quality",
+            f"{phase}/sam2_quality",
             {**inputs, "quality": QualityOptions().looked_at},
             check,
             what="SAM 2 labels the labelled cases, each from the others: the estimates of all others follow them",
@@ -79,22 +104,19 @@ class LabellingStages:
 
         def label() -> StageResult:
             _, files = self._label(
-                unlabelled,
-                self.run.support_ids,
-                self.run.options.strategy,
-                out / "unlabelled",
-                calibration=calibration,
+                cohort, unlabelled, supports, self.run.options.strategy, out / "unlabelled", calibration=calibration
             )
             return StageResult(files=files, info={"sam2": self.run.backend.spec.origin, "cases": len(unlabelled)})
 
         # Labels that came before the run are supports as well, so that counts alone would not tell.
-        spared = len({c.case_id for c in self.run.cohort.labelled} - set(self.run.support_ids))
+        spared = len({c.case_id for c in self.run.cohort.labelled} - set(supports))
         held_out = f", with {spared} held out for validation" if spared else ""
+        by_hand = f", {len(drawn)} of them drawn since the run began" if drawn else ""
         labelled = self.run.ledger.run_stage(
-            "setup/sam2",
+            f"{phase}/sam2",
             {**inputs, "quality": checked["digest"]},
             label,
-            what=f"SAM 2 labels {len(unlabelled)} cases from {len(self.run.support_ids)} supports{held_out}",
+            what=f"SAM 2 labels {len(unlabelled)} cases from {len(supports)} supports{by_hand}{held_out}",
         )
         return SupportLabels(
             folder=out / "unlabelled",
@@ -123,6 +145,7 @@ class LabellingStages:
 
         def work() -> StageResult:
             _, files = self._label(
+                self.run.support_cohort,
                 [c.case_id for c in self.run.cohort.unlabelled],
                 self.run.validation_ids,
                 strategy,
@@ -263,6 +286,7 @@ class LabellingStages:
 
     def _label(
         self,
+        cohort: Cohort,
         case_ids: Sequence[str],
         support_ids: Sequence[str],
         strategy: str,
@@ -276,7 +300,7 @@ class LabellingStages:
         records = on_cpu_if_full(
             self.run,
             lambda backend: label_cases(
-                cohort=self.run.support_cohort,
+                cohort=cohort,
                 case_ids=case_ids,
                 support_ids=support_ids,
                 strategy=make_strategy(strategy, settings),

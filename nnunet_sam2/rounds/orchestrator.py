@@ -91,9 +91,9 @@ def _alternate(run: RunContext, report: Report) -> None:
         if student is not None:
             nnunet.predict(student)
         refined = sam2.refine(number, student) if student is not None and number > 1 else None
-        labels = labels_of[number] = sam2.fuse(
-            number, support_labels, student, refined, previous=labels, holds=review.of(number)
-        )
+        holds = review.of(number)
+        support_labels = sam2.label_from_supports(number, holds)
+        labels = labels_of[number] = sam2.fuse(number, support_labels, student, refined, previous=labels, holds=holds)
         ending = health.of_labels(number, labels, student)
         if ending is None:
             nnunet.make_data(number, labels=labels)

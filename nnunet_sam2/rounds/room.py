@@ -45,9 +45,13 @@ class Room:
         )
 
     def _kept(self, stage: str) -> Path | None:
-        number, kind = stage.rsplit("/", 1)
-        of_run = {"sam2_quality": "sam2/labelled", "sam2": "sam2/unlabelled"}
-        if kind in of_run:
-            return self.run.folder / of_run[kind]
-        of_round = {"predict": "student", "refine": "prompted"}
-        return self.run.folder / number / of_round[kind] if kind in of_round else None
+        phase, kind = stage.rsplit("/", 1)
+        folders = {
+            "sam2_quality": "sam2/labelled",
+            "sam2": "sam2/unlabelled",
+            "predict": "student",
+            "refine": "prompted",
+        }
+        if kind not in folders:
+            return None
+        return (self.run.folder if phase == "setup" else self.run.folder / phase) / folders[kind]
