@@ -68,6 +68,13 @@ def test_an_accepted_label_is_kept_as_it_was_seen(client: Client) -> None:
     assert file_hash(accepted_path(client.run, "subject_003", label, ".nii.gz")) == label
 
 
+def test_a_label_that_cannot_be_kept_is_not_accepted_and_the_page_is_told_why(client: Client) -> None:
+    (client.run / "review" / "accepted").write_text("in the way")
+    status, answer = client.decide("subject_003", "accept", 1)
+    assert (status, "accepted" in answer["error"]) == (500, True)
+    assert _lines(client.run) == 0
+
+
 def test_what_is_open_comes_first_and_what_is_decided_last_with_the_reasons(client: Client) -> None:
     cases = client.state()["cases"]
     # Of subject_004, class 2 is missing; subject_003 has an estimate of 0.25.

@@ -15,7 +15,7 @@ from typing import Any
 from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
 from werkzeug.wrappers import Request, Response
 
-from nnunet_sam2.errors import InputError, NnunetSam2Error
+from nnunet_sam2.errors import InputError, NnunetSam2Error, describe_os_error
 from nnunet_sam2.review.session import ReviewSession
 
 HOST = "127.0.0.1"
@@ -63,6 +63,8 @@ class ReviewApp:
             response = _refusal(409, str(error))
         except NnunetSam2Error as error:
             response = _refusal(500, str(error))
+        except OSError as error:
+            response = _refusal(500, describe_os_error(error))
         response.headers.extend(_HEADERS)
         return response(environ, start_response)
 
