@@ -142,7 +142,7 @@ def test_commas_and_points_mark_another_class_and_editing_by_hand_has_its_comman
     assert _marked(opened) == 2
     text = opened.execute_script("return document.querySelector('#word-edit pre').textContent")
     assert text.splitlines() == [
-        "nnunet_sam2 review -d 501 --export subject_004",
+        "nnunet_sam2 review -d 501 --run 3d_fullres_fold0 --export subject_004",
         "nnunet_sam2 review -d 501 --import FILE",
     ]
 

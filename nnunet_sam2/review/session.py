@@ -57,7 +57,12 @@ class ReviewSession:
                 self._seen = self._read()
             seen, cases = self._seen, self._cases()
             first = [(name, "; ".join(case["why"])) for name, case in cases.items() if case["open"]]
-            data = {"cases": cases, "undo": self._undo_text(), "dataset": self.folders.dataset_id}
+            data = {
+                "cases": cases,
+                "undo": self._undo_text(),
+                "dataset": self.folders.dataset_id,
+                "run": self.run.name,
+            }
             return render(seen.account, seen.pictures, ReviewPage(data=data, first=first, notice=_notice(seen.account)))
 
     def state(self) -> dict[str, Any]:

@@ -102,7 +102,7 @@ function drawWord() {
   const out = document.querySelector('#word [data-word="take out"]');
   out.setAttribute("aria-pressed", String(w.taken_out));
   out.firstChild.textContent = w.taken_out ? "Bring the case back " : "Take the case out ";
-  byId("word-edit").querySelector("pre").textContent = [`nnunet_sam2 review -d ${REVIEW.dataset} --export ${c.id}`, `nnunet_sam2 review -d ${REVIEW.dataset} --import FILE`].join("\n");
+  byId("word-edit").querySelector("pre").textContent = [`nnunet_sam2 review -d ${REVIEW.dataset} --run ${REVIEW.run} --export ${c.id}`, `nnunet_sam2 review -d ${REVIEW.dataset} --import FILE`].join("\n");
 }
 
 function wordButton(decision, text, key, pressed, disabled) {
