@@ -178,6 +178,22 @@ def test_a_case_is_handed_over_with_all_that_an_editor_needs_and_found_again(
     assert main(["review", "-d", "501", "--case", NAME]) == 2
 
 
+def test_a_case_of_which_some_classes_were_drawn_is_handed_over_with_the_newest_of_the_others(
+    run: tuple[DatasetFolders, Path], tmp_path: Path
+) -> None:
+    folders, folder = run
+    geometry = Cohort.load(folders.raw).case(NAME).geometry
+    mine = _label(geometry, shift=9)
+    mine[mine == 2] = 0
+    write_label(tmp_path / f"{NAME}.nii.gz", mine, geometry)
+    take_in(folders.raw, [tmp_path / f"{NAME}.nii.gz"], classes=["large_organ"])
+    out = hand_over(folders, folder, NAME)
+    handed, _ = read_label(out / f"{NAME}.nii.gz")
+    newest, _ = read_label(folder / "r02" / "labels" / f"{NAME}.nii.gz")
+    np.testing.assert_array_equal(handed == 1, mine == 1)
+    np.testing.assert_array_equal(handed == 2, newest == 2)
+
+
 def test_a_file_of_another_program_beside_the_label_is_not_taken_for_ours(drawn: tuple[Path, Path]) -> None:
     raw, path = drawn
     for written in ("[]", "{", '{"dataset": "Dataset001_Other", "case": "subject_004"}'):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
+
 from nnunet_sam2.cohort.cohort import Case, Cohort, Role
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
@@ -12,7 +14,7 @@ from nnunet_sam2.labelling.explain.cases import class_names
 from nnunet_sam2.report.run_files import RunFiles
 from nnunet_sam2.rounds.decisions.record import REVIEW_FOLDER
 from nnunet_sam2.storage import atomic_folder, write_json, write_text
-from nnunet_sam2.volumes import read_label, voxel_hash
+from nnunet_sam2.volumes import read_label, voxel_hash, write_label
 
 EXPORT_FOLDER = "export"
 EXPORT_FILE = "export.json"
@@ -45,9 +47,8 @@ def hand_over(folders: DatasetFolders, run: Path, case_id: str, *, out: Path | N
     case = files.cohort.case(case_id)
     if case.role is not Role.UNLABELLED:
         raise InputError(f"case {case_id} is a {case.role.value} one; only labels that the run made are handed over")
-    shown = files.label_files(case)
-    label = shown.get("human", shown.get("last", shown.get("first")))
-    if label is None:
+    label_zyx = _newest_label(files, case)
+    if label_zyx is None:
         raise InputError(f"case {case_id} has no label yet in {run}; continue with: nnunet_sam2 run")
     target = out or run / REVIEW_FOLDER / EXPORT_FOLDER / case_id
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -61,17 +62,30 @@ def hand_over(folders: DatasetFolders, run: Path, case_id: str, *, out: Path | N
         for image in cohort.image_paths(case):
             shutil.copyfile(image, folder / image.name)
             images.append(image.name)
-        shutil.copyfile(label, folder / name)
+        write_label(folder / name, label_zyx, case.geometry)
         colours = colours_of(cohort)
         write_text(folder / "labels_itksnap.txt", itksnap_labels(colours))
         write_text(folder / "labels_slicer.ctbl", slicer_colours(colours))
         write_text(folder / "README.txt", _readme(case, images, name, folders.dataset_id, target))
-        label_zyx, _ = read_label(label)
         write_json(
             folder / EXPORT_FILE,
             {"dataset": folders.name, "run": run.name, "case": case_id, "voxels": voxel_hash(label_zyx)},
         )
     return target
+
+
+def _newest_label(files: RunFiles, case: Case) -> np.ndarray | None:
+    """Read the label that holds now: what a person drew, and the run's newest for the classes that nobody drew."""
+    shown = files.label_files(case)
+    paths = [shown[kind] for kind in ("human", "last", "first") if kind in shown]
+    if not paths:
+        return None
+    label_zyx, _ = read_label(paths[0])
+    drawn = case.added.classes if case.added else None
+    if drawn and "human" in shown and len(paths) > 1:
+        rest_zyx, _ = read_label(paths[1])
+        label_zyx = np.where(np.isin(label_zyx, drawn), label_zyx, np.where(np.isin(rest_zyx, drawn), 0, rest_zyx))
+    return label_zyx
 
 
 def colours_of(cohort: Cohort) -> dict[int, tuple[str, tuple[int, int, int]]]:
@@ -108,7 +122,7 @@ def slicer_colours(colours: dict[int, tuple[str, tuple[int, int, int]]]) -> str:
 
 
 def _readme(case: Case, images: list[str], label: str, dataset_id: int, folder: Path) -> str:
-    bring_back = f'nnunet_sam2 review -d {dataset_id} --import "{folder / label}"'
+    bring_back = f'nnunet_sam2 review -d {dataset_id} --import "{(folder / label).absolute()}"'
     return f"""Case {case.case_id}: correct the label, save it under its name, bring it back.
 
 ITK-SNAP   File > Open Main Image: {images[0]}; Segmentation > Open Segmentation: {label};
