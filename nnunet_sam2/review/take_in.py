@@ -16,7 +16,7 @@ import numpy as np
 
 from nnunet_sam2.cohort.cohort import ADDED_LABELS, Addition, Case, Cohort, Role
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.files.checks import file_ending
+from nnunet_sam2.files.checks import strip_ending
 from nnunet_sam2.review.hand_over import EXPORT_FILE
 from nnunet_sam2.storage import TEMPORARY_MARK, file_hash, read_json
 from nnunet_sam2.volumes import read_label, voxel_hash, write_label
@@ -88,7 +88,7 @@ def find_case(cohort: Cohort, path: Path) -> Case:
 
     ``CASE.nii.gz`` is the case's; so is ``CASE_corrected.nii.gz``, if no other case has a longer name that fits.
     """
-    stem = path.name.removesuffix(file_ending(path))
+    stem = strip_ending(path)
     ids = {case.case_id: case for case in cohort.cases}
     if stem in ids:
         return ids[stem]
