@@ -326,6 +326,16 @@ def test_transparency_and_several_pages_are_refused_and_an_opaque_alpha_is_dropp
         read_volume([tmp_path / "s.tif"])
 
 
+def test_a_picture_that_is_to_be_turned_when_shown_is_refused(tmp_path: Path) -> None:
+    for turn in (1, 3):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        Image.fromarray(_values(np.uint8, (10, 12))).save(tmp_path / f"{turn}.jpg", exif=exif)
+    assert read_volume([tmp_path / "1.jpg"]).array_czyx.shape == (1, 1, 10, 12)
+    with pytest.raises(InputError, match="save it upright"):
+        read_volume([tmp_path / "3.jpg"])
+
+
 def test_a_write_that_does_not_arrive_is_an_error_and_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

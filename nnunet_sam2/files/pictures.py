@@ -10,6 +10,7 @@ import numpy as np
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.checks import check_file, file_ending
 
+_ORIENTATION = 0x0112
 _TIFF_ENDINGS = (".tif", ".tiff")
 
 
@@ -89,6 +90,10 @@ def _read_other(path: Path) -> np.ndarray:
 
     with Image.open(path) as image:
         image.load()
+        if image.getexif().get(_ORIENTATION, 1) > 1:
+            raise InputError(
+                f"{path} is to be turned when it is shown (EXIF), which not all programs do; save it upright"
+            )
         if image.format == "PNG" and _png_is_deep_colour(path):
             # Pillow cuts 16 bit colour to 8 without a word.
             import SimpleITK
