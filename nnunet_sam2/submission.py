@@ -12,7 +12,7 @@ from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.archives import is_archive, only_folder, unpack
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.progress import track
-from nnunet_sam2.volumes import read_label, read_stored
+from nnunet_sam2.volumes import as_label, read_stored
 
 MISSING, EXTRA, BY_PRODUCT, FOLDER, UNREADABLE, TYPE, VALUES, GEOMETRY = (
     "missing case",
@@ -129,7 +129,7 @@ def _check_file(path: Path, name: str, geometry: Geometry, allowed: Collection[i
     if difference := geometry.mismatch(own):
         return Problem(kind=GEOMETRY, file=name, text=f"its image and it differ in {difference}")
     try:
-        read_label(path, allowed=allowed)
+        as_label(path, array, allowed=allowed)
     except InputError as error:
         return Problem(kind=VALUES, file=name, text=str(error).replace(str(path), name).split(";")[0])
     return None

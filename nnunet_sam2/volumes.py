@@ -94,9 +94,18 @@ def read_label_as(
     if file_ending(path) in LOSSY_ENDINGS:
         raise InputError(f"{path} is a JPEG, which changes label values; save the label map as PNG")
     array, geometry, repairs = _read(path, policy=replace(policy, nonfinite=ERROR))
+    label_zyx, rounded = as_label(path, array, allowed=allowed)
+    return label_zyx, geometry, replace(repairs, rounded_voxels=rounded)
+
+
+def as_label(path: Path, array: np.ndarray, *, allowed: Iterable[int] | None = None) -> tuple[np.ndarray, int]:
+    """Return what `read_stored` gave for a file as a label map, checked as in `read_label`, and how many were rounded.
+
+    ``array`` is (C, Z, Y, X) with C 1, the label map (Z, Y, X).
+    """
     if array.shape[0] != 1:
         raise InputError(f"{path} has {array.shape[0]} values a voxel; a label map has one, save it as grey or palette")
-    label_zyx = array[0]
+    label_zyx, rounded_voxels = array[0], 0
     if np.issubdtype(label_zyx.dtype, np.floating):
         rounded = np.rint(label_zyx)
         far = float(np.abs(label_zyx - rounded).max())
@@ -106,7 +115,7 @@ def read_label_as(
                 f"{path} holds {worst:g}, which is not a whole number (tolerance {LABEL_TOLERANCE:g}); "
                 "a label map was interpolated or is a probability map, export whole numbers"
             )
-        repairs = replace(repairs, rounded_voxels=int(np.count_nonzero(rounded != label_zyx)))
+        rounded_voxels = int(np.count_nonzero(rounded != label_zyx))
         label_zyx = rounded
     low, high = int(label_zyx.min()), int(label_zyx.max())
     if low < 0 or high > np.iinfo(np.uint16).max:
@@ -121,7 +130,7 @@ def read_label_as(
                 f"{path} holds label {', '.join(str(v) for v in stray[:5])}, declared are {declared}; "
                 "declare it with --labels NAME=VALUE,... or correct the file"
             )
-    return label_zyx, geometry, repairs
+    return label_zyx, rounded_voxels
 
 
 def write_label(path: Path, label_zyx: np.ndarray, geometry: Geometry) -> None:
