@@ -15,13 +15,13 @@ import torch
 
 from nnunet_sam2 import storage
 from nnunet_sam2.cohort.generated import write_generated_cohort
-from nnunet_sam2.errors import StageError
+from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.rounds.nnunet.cases import save_array
 from nnunet_sam2.sam2.cache import TENSORS, EmbeddingCache
 from nnunet_sam2.sam2.checkpoint import write_safetensors
 from nnunet_sam2.stopping import Stopped
-from nnunet_sam2.storage import TEMPORARY_MARK, atomic_folder, write_json, write_stream
+from nnunet_sam2.storage import TEMPORARY_MARK, atomic_folder, read_json, write_json, write_stream
 from nnunet_sam2.support.library import write_probabilities
 from nnunet_sam2.trainers.checkpoints import read_checkpoint, write_checkpoint
 from nnunet_sam2.trainers.dataset import write_distrust
@@ -154,6 +154,15 @@ def test_a_read_only_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(StageError, match="Read-only file system; make room or choose another disk"):
         write_json(tmp_path / "a.json", {})
     assert os.listdir(tmp_path) == []
+
+
+def test_json_that_no_reader_takes_is_refused_and_an_editors_mark_is_not(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[1]")
+    assert read_json(tmp_path / "a.json") == [1]
+    for odd in (b"{", b"\xff", b"1" * 5000, b"[" * 100_000):
+        (tmp_path / "a.json").write_bytes(odd)
+        with pytest.raises(InputError, match=r"a\.json is not valid JSON"):
+            read_json(tmp_path / "a.json")
 
 
 def test_the_same_checkpoint_has_the_same_bytes_and_comes_back(tmp_path: Path) -> None:
