@@ -275,6 +275,21 @@ def test_the_command_checks_this_machine_and_exits_with_zero_where_nothing_fails
     assert found["trainer"]["message"] == "stock nnU-Net finds nnUNetTrainerSAM2"
 
 
+def test_a_broken_package_is_a_finding_and_does_not_end_the_examination(
+    fresh_roots: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> Finding:
+        raise OSError("libtorch_cpu.so: cannot open shared object file")
+
+    monkeypatch.setattr(checkpoints, "check_embedded", broken)
+    monkeypatch.setattr(trainer, "look_for_trainer", lambda: trainer.check_trainer("", ""))
+    assert main(["doctor", "--json"]) == 1
+    found = {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
+    text = "cannot be looked at: OSError: libtorch_cpu.so: cannot open shared object file"
+    assert (found["weights"]["level"], found["weights"]["message"]) == ("fail", text)
+    assert found["trainer"]["level"] == "ok"
+
+
 def test_the_command_exits_with_one_where_something_fails(
     fresh_roots: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
