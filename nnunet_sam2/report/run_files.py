@@ -50,7 +50,7 @@ class RunFiles:
     @cached_property
     def options(self) -> RunOptions:
         """Return the run's options; those that an older version did not know have their defaults."""
-        return RunOptions(**self.state.options)
+        return RunOptions.from_json(self.state.options, where=self.folder / LEDGER_FILE)
 
     @cached_property
     def done(self) -> dict[str, Json]:
