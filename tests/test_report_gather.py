@@ -13,7 +13,9 @@ import pytest
 
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.cohort.cohort import HIDDEN_LABELS, TEST_LABELS, Cohort
+from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.report import write
 from nnunet_sam2.report.gather import gather
 from nnunet_sam2.report.pictures import unpack
 from nnunet_sam2.report.run_files import RunFiles
@@ -119,6 +121,22 @@ def test_a_case_whose_file_is_damaged_is_shown_without_pictures_and_with_the_rea
     text = write_report(folders, folder).read_text(encoding="utf-8")
     assert text.count('<script type="text/plain" id="px') == 4
     assert path.name in text
+
+
+def test_a_case_whose_file_may_not_be_read_is_no_end_of_the_report(
+    run: tuple[DatasetFolders, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(write, "read_label", refuse)
+    assert "Permission denied" in write_report(*run).read_text(encoding="utf-8")
+
+
+def test_options_of_a_later_version_are_named(run: tuple[DatasetFolders, Path]) -> None:
+    Ledger(run[1]).append("run", options={**RunOptions().to_json(), "later": 1})
+    with pytest.raises(InputError, match="option 'later' is unknown to this version"):
+        write_report(*run)
 
 
 def test_a_report_that_fails_says_so_in_one_line_and_stops_nothing(

@@ -80,7 +80,7 @@ def pictures_of(files: RunFiles, account: RunAccount, most: int | None = None) -
     for known in track(wanted, what="pictures of the report", total=len(wanted)):
         try:
             blocks[known.case_id] = encode(_read(files, stories, files.cohort.case(known.case_id)), budget)
-        except NnunetSam2Error as error:
+        except (NnunetSam2Error, OSError) as error:
             problems[known.case_id] = str(error)
             continue
         header, _ = unpack(blocks[known.case_id])
@@ -97,7 +97,8 @@ def _wanted(account: RunAccount, most: int | None) -> list[CaseAccount]:
     count = min(fitting, len(account.cases) if most is None else most)
     first = account.look_first(count)
     labelled = [case for case in account.cases if case.case_id not in {c.case_id for c in account.unlabelled}]
-    return [*first, *labelled[: max(0, fitting - len(first)) if most is None else most]]
+    room = fitting - len(first)
+    return [*first, *labelled[: room if most is None else min(most, room)]]
 
 
 def _note(cases: int, shown: int, *, thinned: int, shrunk: int) -> str:
