@@ -36,6 +36,19 @@ def test_a_run_that_converged_and_gained_is_good() -> None:
     assert "0.050 Dice over labelled-only" in verdict.answer
 
 
+def test_a_final_training_before_a_later_round_is_no_round() -> None:
+    rounds = (make_round(0), make_round(1), make_round(2), make_round(3, final=True), make_round(4, change=0.001))
+    account = make_account(GOOD, rounds=rounds)
+    assert judge_run(account).headline == "Converged after 3 rounds"
+    assert "of 3 rounds" in render(account, Pictures())
+
+
+def test_a_run_that_has_not_been_validated_yet_is_not_said_to_hold_nothing_out() -> None:
+    running = {"rounds": (), "best_round": None, "stop_reason": None}
+    assert "no round has been validated" in render(make_account(GOOD, **running), Pictures())
+    assert "no human label was held out" in render(make_account(GOOD, **running, validation_cases=0), Pictures())
+
+
 @pytest.mark.parametrize(
     ("changes", "level", "said"),
     [

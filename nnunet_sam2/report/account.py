@@ -172,6 +172,11 @@ class RunAccount:
         return tuple(case for case in self.cases if case.role is Role.UNLABELLED)
 
     @property
+    def trained_rounds(self) -> int:
+        """Return how many rounds were trained; labelled-only and final trainings do not count."""
+        return sum(r.finished and r.number > 0 and not r.final for r in self.rounds)
+
+    @property
     def baseline(self) -> RoundAccount | None:
         """Return round 0, nnU-Net on the human labels alone, where it was trained."""
         return next((r for r in self.rounds if r.number == 0 and r.finished), None)

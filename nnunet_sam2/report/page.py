@@ -143,9 +143,7 @@ def _data(account: RunAccount, pictures: Pictures) -> dict[str, Any]:
     return {
         "classes": [[value, name] for value, name in account.class_names.items()],
         "least": account.least_quality,
-        "calibrated": account.calibrated,
-        "best": account.best_round,
-        "finished": account.stop_reason is not None,
+        "trained": account.trained_rounds > 0,
         "cases": [_case(case, pictures) for case in account.cases],
     }
 
@@ -208,7 +206,8 @@ def _tiles(account: RunAccount) -> list[tuple[str, str, str]]:
     elif best is not None and best.validation_dice is not None:
         tiles.append(("Validation Dice", f"{best.validation_dice:.3f}", "no labelled-only baseline"))
     else:
-        tiles.append(("Gain over labelled-only", "not measured", "no human label was held out"))
+        why = "no round has been validated" if account.validation_cases else "no human label was held out"
+        tiles.append(("Gain over labelled-only", "not measured", why))
     estimates = [q.estimate for case in account.unlabelled for q in case.classes if q.estimate is not None]
     if estimates:
         tiles.append(
@@ -226,7 +225,7 @@ def _tiles(account: RunAccount) -> list[tuple[str, str, str]]:
             f"{left_out} left out" if left_out else "none left out",
         )
     )
-    rounds = sum(r.finished and r.number > 0 and not r.final for r in account.rounds)
+    rounds = account.trained_rounds
     if best is not None:
         what = "labelled-only" if best.number == 0 else "final" if best.final else f"round {best.number}"
         tiles.append(("Best model", what, f"of {rounds} round{'s' * (rounds != 1)}, {best.configuration}"))

@@ -79,7 +79,7 @@ def _level(account: RunAccount, findings: list[Finding]) -> Level:
 
 
 def _headline(account: RunAccount) -> str:
-    rounds = _rounds(_last(account))
+    rounds = _count(account.trained_rounds, "round")
     reason = account.stop_reason
     if reason is None:
         stage = f", in stage {account.running_stage}" if account.running_stage else ", between two stages"
@@ -277,17 +277,9 @@ def _retried(account: RunAccount) -> Finding | None:
     )
 
 
-def _last(account: RunAccount) -> int:
-    return max((r.number for r in account.rounds if not r.final and r.finished), default=0)
-
-
 def _named(cases: list[CaseAccount]) -> str:
     shown = ", ".join(case.case_id for case in cases[:3])
     return shown + (f" and {len(cases) - 3} more" if len(cases) > 3 else "")
-
-
-def _rounds(count: int) -> str:
-    return _count(count, "round")
 
 
 def _cases(count: int, noun: str = "case") -> str:

@@ -14,10 +14,6 @@ async function showSurface(box, pictures, { show, hidden }) {
   scene.fill(header, volume, { show, hidden });
 }
 
-function hideSurface() {
-  if (scene) scene.clear();
-}
-
 function turnSurface(angle) {
   if (scene) scene.turn(angle);
 }
@@ -64,10 +60,6 @@ function makeScene(box) {
   };
 
   return {
-    clear() {
-      clear();
-      draw();
-    },
     turn(angle) {
       camera.position.applyAxisAngle(new THREE.Vector3(0, 1, 0), angle);
       controls.update();

@@ -68,7 +68,7 @@ function stateOf(c) {
   const chip = chipOf(c, c.q.find((q) => q.x) || c.q.find((q) => q.g) || null);
   const names = (found) => found.map((q) => CLASS_OF.get(q.v).name).join(", ");
   const distrusted = c.q.filter((q) => q.x), missing = c.q.filter((q) => q.g);
-  let text = c.human ? "Measured: Dice of labels that this human label had no part in." : c.out ? `Not trained on: ${c.out}.` : "Trained on.";
+  let text = c.human ? "Measured: Dice of labels that this human label had no part in." : c.out ? `Not trained on: ${c.out}.` : DATA.trained ? "Trained on." : "No round has been trained yet.";
   if (distrusted.length && !c.out) text += ` Not learnt from: ${names(distrusted)}, because the estimated Dice is below ${DATA.least}.`;
   if (c.word && !REVIEW) text += ` People’s word: ${c.word}.`;
   if (missing.length) text += ` ${names(missing)}: every labelled case shows it, this label does not.`;
