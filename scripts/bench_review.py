@@ -1,7 +1,7 @@
 """Measure what correcting a few labels by hand is worth, and which ones to correct first.
 
 SAM 2 labels the unlabelled cases of a cut; some are then corrected (their hidden human label takes the machine's
-place), chosen by the order of ``nnunet_sam2 review``, at random, or with the truth in hand (no order can know it: the bound).
+place), chosen by the order of ``nnunet_sam2 review``, at random, or with the truth in hand, which no order can know.
 Scored are all cases, as an annotation project would hand them in, and those alone that nobody corrected, once as they
 were and once labelled anew with the corrections as further supports. No network is trained.
 Usage: bench_review.py [--sets ...] [--seeds ...] [--work DIR] [--table].
@@ -114,8 +114,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
             counts = f"{result['labelled']} + {result['corrected']} of {result['unlabelled']}"
             mean = f" (mean of {DRAWS}: {result['random_draws']:.3f})" if order == "random" else ""
             lines.append(
-                f"| {name}, {seed} | {counts} | {order} | {result['before']:.3f} | {entry['all']:.3f}{mean} | {entry['all_anew']:.3f} | {entry['rest']:.3f} | "
-                f"{entry['rest_anew']:.3f} |"
+                f"| {name}, {seed} | {counts} | {order} | {result['before']:.3f} | {entry['all']:.3f}{mean} | "
+                f"{entry['all_anew']:.3f} | {entry['rest']:.3f} | {entry['rest_anew']:.3f} |"
             )
     return "\n".join(lines) if results else "Not run yet."
 
