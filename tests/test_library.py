@@ -60,9 +60,13 @@ def test_probabilities_of_another_shape_or_kind_are_refused(cohort: Cohort, tmp_
     write_probabilities(path, np.zeros((2, 3, 4, 5), np.float32))
     with pytest.raises(InputError, match="expected"):
         load_query(cohort, case, backend, slice_axis=0, student_probabilities=tmp_path)
-    path.write_bytes(b"PK not a zip")
-    with pytest.raises(InputError, match="no probabilities"):
-        read_probabilities(path)
+    whole = path.read_bytes()
+    with_other_bits = bytearray(whole)
+    with_other_bits[len(whole) // 2] ^= 255
+    for damaged in (b"PK not a zip", b"", whole[: len(whole) // 2], bytes(with_other_bits)):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="no probabilities"):
+            read_probabilities(path)
 
 
 def test_settings_from_the_command_line_are_checked() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,7 +129,7 @@ def read_probabilities(path: Path) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as stored:
             return np.asarray(stored[PROBABILITY_KEY])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} holds no probabilities under {PROBABILITY_KEY!r} ({error}); make it anew") from None
 
 
