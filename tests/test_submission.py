@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -106,6 +109,21 @@ def test_the_command_lists_the_faults_and_its_status_tells(
     answer = json.loads(capsys.readouterr().out.split("\n}\n")[1] + "\n}")
     assert {p["kind"] for p in answer["problems"]} == {VALUES}
     assert main(["check-submission", "-d", "501", "-p", str(tmp_path / "nowhere")]) == 2
+
+
+def test_a_reader_that_goes_ends_the_command_in_one_line(tmp_path: Path) -> None:
+    _write(tmp_path / "images")
+    (tmp_path / "given").mkdir()
+    asked = ["check-submission", "-i", str(tmp_path / "images"), "-p", str(tmp_path / "given")]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-u", "-m", "nnunet_sam2.cli.main", *asked]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write_end)
+    assert done.returncode == 141
+    assert done.stderr == (
+        "nnunet_sam2 check-submission: what it prints is read no further; it ends here, what is finished is kept\n"
+    )
 
 
 def test_what_a_prediction_writes_beside_its_labels_is_a_problem_in_a_zip_alone(

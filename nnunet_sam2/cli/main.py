@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -74,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         say_last(stopped)
         return stopped.exit_status
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _is_read_no_further():
+            _say_error(args.command, "what it prints is read no further; it ends here, what is finished is kept")
+            return 128 + signal.SIGPIPE
         if error.errno not in DISK_REFUSALS:
             raise
         _say_error(args.command, describe_os_error(error))
@@ -82,6 +86,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say_error(command: str, text: str) -> None:
     print(f"nnunet_sam2 {command}: {text}", file=sys.stderr, flush=True)
+
+
+def _is_read_no_further() -> bool:
+    """Say whether the reader of standard output has gone (``| head``); what is left to be written goes nowhere then."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _write_what_the_locale_cannot() -> None:
