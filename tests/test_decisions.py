@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -197,9 +198,24 @@ def test_an_accepted_file_that_is_gone_or_changed_stops_the_round_by_name(
         _decide(cohort, run, CaseHold(accepted={1: seen}))
 
 
-def test_a_human_label_outranks_decisions_and_is_not_taken_of_a_patient_who_is_validated_on(cohort: Cohort) -> None:
-    from dataclasses import replace
+def test_what_a_person_marked_as_not_to_be_judged_is_not_learnt_as_the_classs_absence(
+    case_and_run: tuple[Cohort, Path, str],
+) -> None:
+    cohort, run, _ = case_and_run
+    cohort = replace(cohort, root=run, labels={**cohort.labels, "ignore": 3})
+    case = cohort.unlabelled[0]
+    mine = np.zeros(case.geometry.shape_zyx, np.uint8)
+    mine[2:6, 5:15, 5:10], mine[2:6, 5:15, 10:15] = 1, 3
+    write_label(run / "mine.nii.gz", mine, case.geometry)
+    added = Addition(
+        label="mine.nii.gz", sha256=file_hash(run / "mine.nii.gz"), time="2026-01-01", source="x.nii.gz", classes=(1,)
+    )
+    decided = _decide(cohort, run, CaseHold(human=added), left_out=None, distrusted=())
+    np.testing.assert_array_equal(decided.label_zyx == 1, mine == 1)
+    np.testing.assert_array_equal(decided.label_zyx == 3, mine == 3)
 
+
+def test_a_human_label_outranks_decisions_and_is_not_taken_of_a_patient_who_is_validated_on(cohort: Cohort) -> None:
     first, second = cohort.unlabelled
     added = Addition(label=f"{ADDED_LABELS}/x.nii.gz", sha256="ab", time="2026-01-01", source="x.nii.gz", classes=(1,))
     cases = tuple(replace(c, added=added) if c.case_id == first.case_id else c for c in cohort.cases)

@@ -84,6 +84,7 @@ def _newest_label(files: RunFiles, case: Case) -> np.ndarray | None:
     drawn = case.added.classes if case.added else None
     if drawn and "human" in shown and len(paths) > 1:
         rest_zyx, _ = read_label(paths[1])
+        drawn = drawn if files.cohort.ignore_value is None else (*drawn, files.cohort.ignore_value)
         label_zyx = np.where(np.isin(label_zyx, drawn), label_zyx, np.where(np.isin(rest_zyx, drawn), 0, rest_zyx))
     return label_zyx
 

@@ -152,7 +152,9 @@ def _masks(case: Case, hold: CaseHold, *, run: Path, cohort: Cohort) -> dict[int
         masks[value] = files[label] == value
     if hold.human is not None and hold.human.classes:
         human_zyx = _read(case, cohort.root / hold.human.label, hold.human.sha256)
-        masks |= {value: human_zyx == value for value in hold.human.classes}
+        # Where the person marked that nothing is to be judged, the class is not known to be absent either.
+        unjudged = () if cohort.ignore_value is None else (cohort.ignore_value,)
+        masks |= {value: human_zyx == value for value in (*hold.human.classes, *unjudged)}
     return dict(sorted(masks.items()))
 
 
