@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import track
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
+from nnunet_sam2.rounds.nnunet import plans_path, read_plans
 from nnunet_sam2.rounds.state import find_runs
 from nnunet_sam2.storage import file_hash
 from nnunet_sam2.volumes import read_label, read_volume, voxel_hash
@@ -74,11 +74,11 @@ def check_labels(cohort: Cohort) -> Finding:
 
 def check_plans(folders: DatasetFolders) -> Finding:
     """Check that nnU-Net's plans, where there are some, can be read."""
-    path = folders.preprocessed / "nnUNetPlans.json"
+    path = plans_path(folders)
     if not path.is_file():
         return ok("plans", "none yet: the run makes them")
     try:
-        names = sorted(json.loads(path.read_text(encoding="utf-8"))["configurations"])
+        names = sorted(read_plans(folders)["configurations"])
     except (ValueError, KeyError, TypeError):
         return fail("plans", f"{path} is damaged", f"remove {folders.preprocessed}; the run plans anew")
     return ok("plans", ", ".join(names))
