@@ -28,9 +28,10 @@ HISTORY_KEY = "added_labels"
 
 @dataclass(frozen=True, kw_only=True)
 class _Checked:
+    """Hold a file that may be taken in; its voxels are read again then, for those of many files may be too many."""
+
     case: Case
     path: Path
-    label_zyx: np.ndarray
 
 
 def take_in(
@@ -145,7 +146,7 @@ def _check(
             f"{path} is as it was handed over, no voxel was corrected; if it is right, accept it in the page of "
             "nnunet_sam2 review"
         )
-    return _Checked(case=case, path=path, label_zyx=label_zyx)
+    return _Checked(case=case, path=path)
 
 
 def _exported(cohort: Cohort, path: Path) -> dict[str, Any]:
@@ -164,7 +165,7 @@ def _enter(cohort: Cohort, checked: _Checked, values: tuple[int, ...] | None) ->
     folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_MARK, dir=folder) as temporary:
         written = Path(temporary) / f"{case.case_id}{ending}"
-        write_label(written, checked.label_zyx, case.geometry)
+        write_label(written, read_label(checked.path)[0], case.geometry)
         sha256 = file_hash(written)
         target = folder / f"{case.case_id}-{sha256[:16]}{ending}"
         written.chmod(0o444)
