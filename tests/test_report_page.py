@@ -257,6 +257,14 @@ def test_curves_name_their_ends_and_stay_inside() -> None:
     assert all(10 <= y <= 210 for y in heights)
 
 
+def test_the_names_of_very_many_curves_stay_beside_the_chart() -> None:
+    many = [Series(name=f"class {n}", values=[0.5 + n / 1000, 0.6], style="k1") for n in range(100)]
+    drawn = line_chart(many, ["0", "1"], title="t", show=lambda v: f"{v:.2f}")
+    heights = [float(y) for y in re.findall(r'<text class="name k1" x="[\d.]+" y="([-\d.]+)"', drawn)]
+    assert len(heights) == 100
+    assert all(10 <= y <= 236 for y in heights)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(12, "12 s"), (150, "2 min"), (7500, "2 h 05 min"), (200_000, "2 d 7 h")]
 )

@@ -142,10 +142,11 @@ def _scale(
 
 
 def _spread(wanted: list[tuple[float, str, str]]) -> list[tuple[float, str, str]]:
-    """Move names apart that would lie on each other."""
+    """Move names apart that would lie on each other; very many lie closer, so that they stay beside the chart."""
+    gap = min(_LABEL_GAP, (_HEIGHT - _TOP - _BOTTOM) / max(1, len(wanted) - 1))
     placed: list[tuple[float, str, str]] = []
     for py, name, style in sorted(wanted):
-        at = max(py, placed[-1][0] + _LABEL_GAP) if placed else py
+        at = max(py, placed[-1][0] + gap) if placed else py
         placed.append((at, name, style))
     over = placed[-1][0] - (_HEIGHT - _BOTTOM) if placed else 0.0
     if over > 0:
@@ -153,7 +154,7 @@ def _spread(wanted: list[tuple[float, str, str]]) -> list[tuple[float, str, str]
         for index in range(len(placed) - 1, -1, -1):
             at, name, style = placed[index]
             placed[index] = (min(at, limit), name, style)
-            limit = placed[index][0] - _LABEL_GAP
+            limit = placed[index][0] - gap
     return placed
 
 
