@@ -235,6 +235,8 @@ def test_a_decathlon_task_is_read_with_its_names_and_4d_images(tmp_path: Path, f
         read_volume(cohort.image_paths(cohort.test[0])).array_czyx, np.stack([_image(30), _image(31)])
     )
     _stock_check(cohort)
+    # The source's label maps are floats; what is learned from holds whole numbers.
+    assert SimpleITK.ReadImage(str(cohort.label_path(cohort.labelled[0]))).GetPixelID() == SimpleITK.sitkUInt8
     cohort = _convert(source, "--test-as-unlabelled", dataset_id=8)
     assert (len(cohort.labelled), len(cohort.unlabelled), len(cohort.test)) == (3, 1, 0)
 
