@@ -128,19 +128,26 @@ def test_a_stage_that_the_disk_has_no_room_for_does_not_start(
     assert state.running_stage is None
 
 
-def test_features_that_the_disk_has_no_room_for_are_not_kept_and_labelling_goes_on(
-    fresh_dataset: DatasetFolders, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def planned_run(fresh_dataset: DatasetFolders) -> RunContext:
+    """A run that planned, by its ledger; nothing of it is on the disk."""
     options = RunOptions(sam2="untrained", image_size=64, device="cpu", profile="cpu")
     folder = fresh_dataset.results / "nnunet_sam2" / options.run_name
-    cohort = Cohort.load(fresh_dataset.raw)
-    run = RunContext(folders=fresh_dataset, cohort=cohort, options=options, ledger=Ledger(folder), folder=folder)
+    ledger, cohort = Ledger(folder), Cohort.load(fresh_dataset.raw)
+    ledger.run_stage("setup/plan", {}, lambda: StageResult(info={"folds": make_splits(cohort)}), what="plan")
+    return RunContext(folders=fresh_dataset, cohort=cohort, options=options, ledger=ledger, folder=folder)
+
+
+def test_features_that_the_disk_has_no_room_for_are_not_kept_and_labelling_goes_on(
+    planned_run: RunContext, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, cohort = planned_run, planned_run.cohort
     monkeypatch.setattr(disk, "free_bytes", lambda folder: disk.RESERVE + 1000)
     for backend in (run.backend, run.cpu_backend(like=run.backend)):
         frames = load_query(cohort, cohort.unlabelled[0], backend, slice_axis=0).embeddings
         assert len(frames) == cohort.unlabelled[0].geometry.shape_zyx[0]
     assert capsys.readouterr().out.count("features are not kept on disk") == 2
-    assert not list(fresh_dataset.results.rglob("*.safetensors"))
+    assert not list(run.folders.results.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
@@ -279,14 +286,33 @@ def test_preprocessed_data_that_cannot_be_locked_are_written_and_the_danger_is_s
         assert "let no other run of Dataset501_Tiny begin" in capsys.readouterr().out
 
 
-def test_a_run_whose_preprocessed_data_were_removed_makes_them_again(fresh_dataset: DatasetFolders) -> None:
-    options = RunOptions(sam2="untrained", device="cpu", profile="cpu")
-    folder = fresh_dataset.results / "nnunet_sam2" / options.run_name
-    ledger, cohort = Ledger(folder), Cohort.load(fresh_dataset.raw)
-    ledger.run_stage("setup/plan", {}, lambda: StageResult(info={"folds": make_splits(cohort)}), what="plan")
-    run = RunContext(folders=fresh_dataset, cohort=cohort, options=options, ledger=ledger, folder=folder)
-    assert not fresh_dataset.preprocessed.exists()
-    Room(run).require("setup/plan")
+def test_a_run_whose_preprocessed_data_were_removed_makes_them_again(planned_run: RunContext) -> None:
+    assert not planned_run.folders.preprocessed.exists()
+    Room(planned_run).require("setup/plan")
+
+
+@pytest.mark.parametrize(
+    ("stage", "left"),
+    [
+        ("setup/plan", "preprocessed/nnUNetPlans_3d_fullres_un/subject_004/image.b2nd"),
+        ("r00/train", "results/nnUNetTrainerSAM2__nnUNetPlans__3d_fullres_r00/fold_0/checkpoint_latest.pth"),
+        ("r00/predict", "results/nnunet_sam2/3d_fullres_fold0/r00/student/probabilities/subject_004.npz"),
+    ],
+)
+def test_room_for_what_a_killed_stage_left_is_not_asked_for_again(
+    planned_run: RunContext, monkeypatch: pytest.MonkeyPatch, stage: str, left: str
+) -> None:
+    info = {"configuration": planned_run.configuration_name(0, final=False)}
+    planned_run.ledger.run_stage("r00/data", {}, lambda: StageResult(info=info), what="data")
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: disk.RESERVE)
+    with pytest.raises(StageError, match=stage):
+        Room(planned_run).require(stage)
+    root, name = left.split("/", 1)
+    path = getattr(planned_run.folders, root) / name
+    path.parent.mkdir(parents=True)
+    path.touch()
+    os.truncate(path, disk.stage_bytes(stage, Room(planned_run).size))  # takes no room
+    Room(planned_run).require(stage)
 
 
 def test_a_full_gpu_leaves_the_rest_of_a_stage_to_the_cpu_and_the_ledger_knows(tmp_path: Path) -> None:

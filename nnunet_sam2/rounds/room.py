@@ -23,8 +23,7 @@ class Room:
         """
         run, kind = self.run, stage.rsplit("/", 1)[-1]
         folder = run.folders.preprocessed if kind in _INTO_PREPROCESSED else run.folder
-        kept = self._kept(stage)
-        there = disk.folder_bytes(kept) if kept else 0
+        there = sum(map(disk.folder_bytes, self._kept(stage)))
         disk.require_room(folder, max(0, disk.stage_bytes(stage, self.size) - there), what=f"stage {stage}")
 
     @property
@@ -44,8 +43,14 @@ class Room:
             light=run.options.profile == "cpu",
         )
 
-    def _kept(self, stage: str) -> Path | None:
-        phase, kind = stage.rsplit("/", 1)
+    def _kept(self, stage: str) -> list[Path]:
+        run, (phase, kind) = self.run, stage.rsplit("/", 1)
+        if kind == "plan":
+            base = run.folders.preprocessed / f"{nnunet.PLANS}_{run.options.configuration}"
+            return [base, Path(f"{base}_un")]
+        if kind == "train":
+            made = [e for e in run.ledger.events if e["event"] == "done" and e["stage"] == f"{phase}/data"]
+            return [nnunet.fold_folder(run.folders, e["info"]["configuration"], run.fold) for e in made[-1:]]
         folders = {
             "sam2_quality": "sam2/labelled",
             "sam2": "sam2/unlabelled",
@@ -53,5 +58,5 @@ class Room:
             "refine": "prompted",
         }
         if kind not in folders:
-            return None
-        return (self.run.folder if phase == "setup" else self.run.folder / phase) / folders[kind]
+            return []
+        return [(run.folder if phase == "setup" else run.folder / phase) / folders[kind]]
