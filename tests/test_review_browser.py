@@ -89,7 +89,7 @@ def test_a_key_that_is_quicker_than_the_last_answer_is_for_the_next_class_and_fo
         "for (const key of arguments[0]) "
         "document.body.dispatchEvent(new KeyboardEvent('keydown', { key, repeat: arguments[1], bubbles: true }))"
     )
-    opened.execute_script(keys, "raa", False)
+    opened.execute_script(keys, "rAa", False)  # a capital without shift: caps lock
     _until(lambda: opened.execute_script(NAME) == "subject_003")
     opened.execute_script(keys, "aAr", True)  # keys that are held
     _press(opened, "x")

@@ -68,15 +68,17 @@ byId("slice").addEventListener("wheel", (event) => {
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea")) return;
+  // Caps lock makes no capital: what is meant for one class must not be said of all.
+  const key = event.shiftKey || event.key.length > 1 ? event.key : event.key.toLowerCase();
   // A person's word is said once, however long its key is held.
-  if (event.repeat && event.key in moreKeys) return;
+  if (event.repeat && key in moreKeys) return;
   const anywhere = { j: () => stepSlice(1), k: () => stepSlice(-1), n: () => stepCase(1), p: () => stepCase(-1), Escape: closeCase, 3: () => chooseMode("surface"), 2: () => chooseMode("slices") };
   Object.assign(anywhere, moreKeys);
-  for (const [name, key] of TOGGLES) anywhere[key] = () => viewer.pictures && toggle(name);
+  for (const [name, letter] of TOGGLES) anywhere[letter] = () => viewer.pictures && toggle(name);
   // Arrows belong to the page, but in the viewer.
   const inside = { ArrowUp: () => stepSlice(-1), ArrowDown: () => stepSlice(1), ArrowLeft: () => stepCase(-1), ArrowRight: () => stepCase(1), Home: () => stepSlice(-1e6), End: () => stepSlice(1e6) };
-  const action = anywhere[event.key] || (event.target.closest("#viewer") && inside[event.key]);
-  if (!action || (viewer.index === null && !["n", "u"].includes(event.key))) return;
+  const action = anywhere[key] || (event.target.closest("#viewer") && inside[key]);
+  if (!action || (viewer.index === null && !["n", "u"].includes(key))) return;
   event.preventDefault();
   action();
 });
