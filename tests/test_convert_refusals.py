@@ -236,6 +236,31 @@ FAULTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ..
         (),
         ("dataset.json", "whole numbers"),
     ),
+    "dataset.json with half values": (
+        lambda s: _dataset_json(s, {"background": 0, "liver": 1.5}),
+        (),
+        ("dataset.json", "whole numbers", "1.5"),
+    ),
+    "dataset.json with endless values": (
+        lambda s: (s / "dataset.json").write_text('{"labels": {"liver": 1e999}}'),
+        (),
+        ("dataset.json", "whole numbers"),
+    ),
+    "dataset.json that names a label twice": (
+        lambda s: _dataset_json(s, {"1": "liver", "2": "liver"}),
+        (),
+        ("dataset.json names liver twice",),
+    ),
+    "dataset.json with a list of channels": (
+        lambda s: (s / "dataset.json").write_text('{"channel_names": ["CT"]}'),
+        (),
+        ("dataset.json", "channel_names counts from", "['CT']"),
+    ),
+    "labels that are a folder": (
+        lambda s: (s.parent / "labels.json").mkdir(),
+        ("--labels", "LABELS"),
+        ("labels.json is a folder",),
+    ),
     "sub-zero seed": (lambda s: None, ("--seed", "-1"), ("--seed -1",)),
 }
 
@@ -244,7 +269,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ..
 def test_refused(fault: str, source: Path, fresh_roots: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change, options, words = FAULTS[fault]
     change(source)
-    _refused(capsys, source, *(str(source) if o == "SOURCE" else o for o in options), words=words)
+    named = {"SOURCE": str(source), "LABELS": str(source.parent / "labels.json")}
+    _refused(capsys, source, *(named.get(o, o) for o in options), words=words)
 
 
 def test_of_several_faults_each_is_named_the_first_time(

@@ -111,10 +111,19 @@ def table_from_json(value: Any, where: str) -> tuple[dict[str, LabelValue], list
             name, number = (entry, key) if isinstance(entry, str) and str(key).isdecimal() else (key, entry)
             if name in table:
                 raise InputError(f"{where} names {name} twice")
-            table[name] = [int(n) for n in number] if isinstance(number, (list, tuple)) else int(number)
-        return table, (None if order is None else [int(n) for n in order])
-    except (TypeError, ValueError):
+            table[name] = [_whole(n) for n in number] if isinstance(number, (list, tuple)) else _whole(number)
+        return table, (None if order is None else [_whole(n) for n in order])
+    except InputError:
+        raise
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"{where}: the label table must hold whole numbers, got {key!r}: {entry!r}") from None
+
+
+def _whole(value: Any) -> int:
+    number = int(value)
+    if isinstance(value, float) and number != value:
+        raise ValueError(value)
+    return number
 
 
 def table_from_values(file_of: Mapping[int, Path]) -> LabelTable:

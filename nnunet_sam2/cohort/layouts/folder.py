@@ -83,9 +83,9 @@ def _declared(source: Path):  # type: ignore[no-untyped-def]  # a triple of opti
     value = read_json(path)
     table, order = table_from_json(value, str(path)) if isinstance(value, dict) and "labels" in value else (None, None)
     names = value.get("channel_names") if isinstance(value, dict) else None
-    if isinstance(names, dict) and not all(str(key).isdecimal() for key in names):
-        raise InputError(f'{path}: channel_names counts from "0", got {", ".join(map(repr, names))}; correct it')
-    channels = tuple(str(names[key]) for key in sorted(names, key=int)) if isinstance(names, dict) else None
+    if names is not None and not (isinstance(names, dict) and all(key.isdecimal() for key in names)):
+        raise InputError(f'{path}: channel_names counts from "0", as in {{"0": "CT"}}, got {names!r}; correct it')
+    channels = tuple(str(names[key]) for key in sorted(names, key=int)) if names else None
     return table, (None if order is None else tuple(order)), channels
 
 
