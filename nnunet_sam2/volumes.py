@@ -128,7 +128,7 @@ def as_label(path: Path, array: np.ndarray, *, allowed: Iterable[int] | None = N
             declared = ", ".join(str(v) for v in sorted({0, *allowed}))
             raise InputError(
                 f"{path} holds label {', '.join(str(v) for v in stray[:5])}, declared are {declared}; "
-                "declare it with --labels NAME=VALUE,... or correct the file"
+                "correct the file, or declare the value (convert and evaluate take --labels NAME=VALUE,...)"
             )
     return label_zyx, rounded_voxels
 
