@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.cohort.cohort import Cohort
+from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.machine import Memory
 from nnunet_sam2.rounds.disk import RESERVE, run_size
@@ -22,7 +24,9 @@ from nnunet_sam2.rounds.estimate.nnunet_costs import NnunetCosts
 from nnunet_sam2.rounds.estimate.nnunet_probe import smaller_patch
 from nnunet_sam2.rounds.estimate.sizes import preprocessed_shape, tiles
 from nnunet_sam2.rounds.estimate.stages import RunEstimator
+from nnunet_sam2.rounds.ledger import Ledger
 from nnunet_sam2.rounds.options import RunOptions
+from nnunet_sam2.rounds.state import run_folder
 from nnunet_sam2.storage import write_json
 
 SECOND = {"seconds": 1.0, "cpu_seconds": 0.5}
@@ -306,6 +310,17 @@ def test_a_dry_run_measures_once_writes_nothing_and_refuses_what_cannot_fit(
     assert main(command) == 2
     assert "does not fit: memory" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in cache.rglob("*.json")} == measured
+
+
+def test_a_dry_run_refuses_the_options_that_the_run_would_refuse(fresh_dataset: DatasetFolders) -> None:
+    options = RunOptions(profile="cpu", device="cpu", final_epochs=2)
+    ledger = Ledger(run_folder(fresh_dataset, options.run_name))
+    ledger.append("run", options=options.to_json())
+    with pytest.raises(InputError, match="--seed: 12345 -> 2"):
+        module.estimate_run(fresh_dataset, replace(options, seed=2))
+    ledger.append("stopped", reason="converged", best_round=1)
+    with pytest.raises(InputError, match="has had its final training"):
+        module.estimate_run(fresh_dataset, replace(options, round_limit=9))
 
 
 def test_a_probe_that_fails_shows_its_last_lines(

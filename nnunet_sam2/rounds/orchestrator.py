@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.cohort.integrity import check_unchanged
@@ -173,23 +174,28 @@ def refuse_unusable(folders: DatasetFolders, cohort: Cohort, options: RunOptions
         )
 
 
+def refuse_other_options(folder: Path, events: Sequence[dict[str, Any]], options: RunOptions) -> None:
+    """Refuse to continue a run with options that give another result, or with more rounds after its final training."""
+    before = state_of_events(folder, events).options
+    if not before:
+        return
+    known = RunOptions.from_json(before, where=folder / LEDGER_FILE).identity()
+    if known != options.identity():
+        raise InputError(
+            f"{folder} was started with other options ({describe_difference(known, options.identity())}); "
+            "give the old ones to continue, or --branch NAME for a new run beside it"
+        )
+    ended = any(event["event"] == "stopped" for event in events)
+    if before["round_limit"] != options.round_limit and options.has_final and ended:
+        raise InputError(
+            f"{folder} has had its final training, so --rounds can no longer change; give --branch NAME for a new run"
+        )
+
+
 def _remember_options(ledger: Ledger, folder: Path, options: RunOptions) -> None:
-    before = state_of_events(folder, ledger.events).options
-    if before:
-        known = RunOptions.from_json(before, where=ledger.path).identity()
-        if known != options.identity():
-            raise InputError(
-                f"{folder} was started with other options ({describe_difference(known, options.identity())}); "
-                "give the old ones to continue, or --branch NAME for a new run beside it"
-            )
-        if before == options.to_json():
-            return
-        if before["round_limit"] != options.round_limit and options.has_final and _ended(ledger):
-            raise InputError(
-                f"{folder} has had its final training, so --rounds can no longer change; "
-                "give --branch NAME for a new run"
-            )
-    ledger.append("run", options=options.to_json())
+    refuse_other_options(folder, ledger.events, options)
+    if state_of_events(folder, ledger.events).options != options.to_json():
+        ledger.append("run", options=options.to_json())
 
 
 def _refuse_other_weights(run: RunContext) -> None:
@@ -201,10 +207,6 @@ def _refuse_other_weights(run: RunContext) -> None:
             f"(sha256 {run.sam2_identity[:12]}, before {str(known[-1])[:12]}); put that one back, "
             "or give --branch NAME for a new run beside it"
         )
-
-
-def _ended(ledger: Ledger) -> bool:
-    return any(event["event"] == "stopped" for event in ledger.events)
 
 
 def _remember_machine(ledger: Ledger, options: RunOptions) -> None:

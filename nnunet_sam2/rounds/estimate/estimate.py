@@ -23,8 +23,8 @@ from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
 from nnunet_sam2.rounds.nnunet import PLANS, light_configuration, plans_path, read_plans
 from nnunet_sam2.rounds.nnunet.cases import unlabelled_folder
 from nnunet_sam2.rounds.nnunet.plan import MARKER_FILE, SPLITS_FILE
-from nnunet_sam2.rounds.options import RunOptions, describe_difference
-from nnunet_sam2.rounds.state import EMBEDDINGS, RUNS_FOLDER, run_folder, state_of_events
+from nnunet_sam2.rounds.options import RunOptions
+from nnunet_sam2.rounds.state import EMBEDDINGS, RUNS_FOLDER, run_folder
 from nnunet_sam2.storage import read_json
 
 BUSY = 1.25
@@ -86,11 +86,12 @@ def estimate_run(folders: DatasetFolders, options: RunOptions, *, again: bool = 
 
     Raises InputError where the cohort or the options cannot give a run, as `run_loop` does.
     """
-    from nnunet_sam2.rounds.orchestrator import refuse_unusable
+    from nnunet_sam2.rounds.orchestrator import refuse_other_options, refuse_unusable
 
     cohort = Cohort.load(folders.raw).as_planned()
     refuse_unusable(folders, cohort, options)
-    _refuse_other_options(folders, options)
+    folder = run_folder(folders, options.run_name)
+    refuse_other_options(folder, read_events(folder / LEDGER_FILE), options)
     validation = _validation(folders, cohort, options)
     held_out = {case.case_id for case in validation}
     supports = tuple(c for c in cohort.labelled if options.supports == "all" or c.case_id not in held_out)
@@ -110,7 +111,7 @@ def estimate_run(folders: DatasetFolders, options: RunOptions, *, again: bool = 
     stages = estimator.stages()
     obstacles, warnings = _fit(folders, stages, measured, read_memory())
     return RunEstimate(
-        folder=run_folder(folders, options.run_name),
+        folder=folder,
         stages=stages,
         assumptions=_assumptions(options, measured),
         obstacles=obstacles,
@@ -179,17 +180,6 @@ def features_to_keep(
         f"disk: SAM 2's features may take {readable(needed)}, and {readable(free + there)} are free: they are not "
         "kept, and slices are encoded again where they are needed again, which takes longer than is told here",
     )
-
-
-def _refuse_other_options(folders: DatasetFolders, options: RunOptions) -> None:
-    """Refuse what `run_loop` would: to continue a run with options that give another result."""
-    folder = run_folder(folders, options.run_name)
-    before = state_of_events(folder, read_events(folder / LEDGER_FILE)).options
-    if before and (known := RunOptions.from_json(before, where=folder).identity()) != options.identity():
-        raise InputError(
-            f"{folder} was started with other options ({describe_difference(known, options.identity())}); "
-            "give the old ones, or --branch NAME for a new run beside it"
-        )
 
 
 def _validation(folders: DatasetFolders, cohort: Cohort, options: RunOptions) -> tuple[Case, ...]:
