@@ -121,7 +121,7 @@ def _misplaced(files: Mapping[str, Path], expected: Mapping[str, str]) -> list[P
 
 def _check_file(path: Path, name: str, geometry: Geometry, allowed: Collection[int] | None) -> Problem | None:
     try:
-        array, own = read_stored(path)
+        array, own = read_stored(path, indices=True)
     except InputError as error:
         return Problem(kind=UNREADABLE, file=name, text=str(error).replace(str(path), name))
     if array.dtype.kind not in "iu":

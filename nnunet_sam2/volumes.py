@@ -71,7 +71,7 @@ def as_float32(path: Path, array: np.ndarray) -> np.ndarray:
 
 def read_geometry(path: Path) -> Geometry:
     """Read the grid of an image or label file."""
-    return _read(path, split_fourth_axis=True)[1]
+    return _read(path, split_fourth_axis=True, indices=True)[1]
 
 
 def read_label(path: Path, *, allowed: Iterable[int] | None = None) -> tuple[np.ndarray, Geometry]:
@@ -93,7 +93,7 @@ def read_label_as(
     """
     if file_ending(path) in LOSSY_ENDINGS:
         raise InputError(f"{path} is a JPEG, which changes label values; save the label map as PNG")
-    array, geometry, repairs = _read(path, policy=replace(policy, nonfinite=ERROR))
+    array, geometry, repairs = _read(path, policy=replace(policy, nonfinite=ERROR), indices=True)
     label_zyx, rounded = as_label(path, array, allowed=allowed)
     return label_zyx, geometry, replace(repairs, rounded_voxels=rounded)
 
@@ -180,9 +180,12 @@ def write_image(path: Path, array_czyx: np.ndarray, geometry: Geometry) -> None:
     _write(path, array_czyx if picture else array_czyx[0], geometry)
 
 
-def read_stored(path: Path, *, split_fourth_axis: bool = False) -> tuple[np.ndarray, Geometry]:
-    """Read an image in its own number type as (C, Z, Y, X): for lossless rewriting, `read_volume` is for looking."""
-    array, geometry, _ = _read(path, split_fourth_axis=split_fourth_axis)
+def read_stored(path: Path, *, split_fourth_axis: bool = False, indices: bool = False) -> tuple[np.ndarray, Geometry]:
+    """Read an image in its own number type as (C, Z, Y, X): for lossless rewriting, `read_volume` is for looking.
+
+    With ``indices`` a palette's indices are the values, as a label map wants it.
+    """
+    array, geometry, _ = _read(path, split_fourth_axis=split_fourth_axis, indices=indices)
     return array, geometry
 
 
@@ -237,10 +240,10 @@ def _from_steps(steps: np.ndarray) -> np.ndarray:
 
 
 def _read(
-    path: Path, *, split_fourth_axis: bool = False, policy: ReadPolicy = STRICT
+    path: Path, *, split_fourth_axis: bool = False, policy: ReadPolicy = STRICT, indices: bool = False
 ) -> tuple[np.ndarray, Geometry, Repairs]:
     if file_ending(path) in PICTURE_ENDINGS:
-        values, repairs = mend_nonfinite(path, read_picture(path)[:, None], policy)
+        values, repairs = mend_nonfinite(path, read_picture(path, indices=indices)[:, None], policy)
         return values, Geometry(shape_zyx=(1, values.shape[2], values.shape[3])), repairs
     facts = check_content(path, policy)
     if facts is not None and facts.by_own_rules:

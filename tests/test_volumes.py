@@ -109,6 +109,23 @@ def test_pgm_of_8_and_16_bit_and_palette_png_are_read_by_value(tmp_path: Path) -
     assert np.array_equal(read_label(tmp_path / "p.png")[0][0], deep // 3000)
 
 
+def test_a_palette_gives_its_colours_to_an_image_and_its_indices_to_a_label_map(tmp_path: Path) -> None:
+    indices = (_values(np.uint8) % 3)[0]
+    for name, colours in (("grey", [9, 9, 9, 80, 80, 80, 40, 40, 40]), ("colour", [9, 9, 9, 80, 0, 0, 0, 0, 7])):
+        picture = Image.fromarray(indices, mode="P")
+        picture.putpalette(colours)
+        picture.save(tmp_path / f"{name}.png")
+        shown = np.moveaxis(np.reshape(colours, (3, 3))[indices], -1, 0)
+        values = read_volume([tmp_path / f"{name}.png"]).array_czyx[:, 0]
+        assert np.array_equal(values, shown[:1] if name == "grey" else shown)
+        assert np.array_equal(read_label(tmp_path / f"{name}.png")[0][0], indices)
+    colormap = np.zeros((3, 256), np.uint16)
+    tifffile.imwrite(tmp_path / "p.tif", indices, photometric="palette", colormap=colormap)
+    assert np.array_equal(read_label(tmp_path / "p.tif")[0][0], indices)
+    with pytest.raises(InputError, match="numbers of a palette"):
+        read_volume([tmp_path / "p.tif"])
+
+
 def test_nnunets_own_readers_read_what_is_written(tmp_path: Path) -> None:
     from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO

@@ -11,17 +11,21 @@ from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.checks import check_file, file_ending
 
 _ORIENTATION = 0x0112
+"""EXIF's tag of the turn, 1 for none."""
+_PALETTE = 3
+"""TIFF's photometric interpretation of a palette."""
 _TIFF_ENDINGS = (".tif", ".tiff")
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """Read a picture as (C, H, W) in its own number type; C is 1 (grey, or palette indices) or 3 (RGB).
+def read_picture(path: Path, *, indices: bool = False) -> np.ndarray:
+    """Read a picture as (C, H, W) in its own number type; C is 1 (grey) or 3 (RGB).
 
-    An alpha channel is dropped where it is opaque and refused otherwise.
+    A palette's colours are the values of an image, its ``indices`` those of a label map. An alpha channel is dropped
+    where it is opaque and refused otherwise.
     """
     check_file(path)
     try:
-        array = _read_tiff(path) if file_ending(path) in _TIFF_ENDINGS else _read_other(path)
+        array = (_read_tiff if file_ending(path) in _TIFF_ENDINGS else _read_other)(path, indices)
     except InputError:
         raise
     except Exception as error:  # readers raise many kinds for a damaged file
@@ -67,7 +71,7 @@ def picture_fits_png(array_chw: np.ndarray) -> bool:
     return array_chw.dtype == np.uint8 or (array_chw.dtype == np.uint16 and array_chw.shape[0] == 1)
 
 
-def _read_tiff(path: Path) -> np.ndarray:
+def _read_tiff(path: Path, indices: bool) -> np.ndarray:
     import tifffile
 
     with tifffile.TiffFile(path) as file:
@@ -78,6 +82,8 @@ def _read_tiff(path: Path) -> np.ndarray:
         page = file.pages[0]
         array = page.asarray()
         photometric = getattr(page, "photometric", None)
+        if photometric is not None and int(photometric) == _PALETTE and not indices:
+            raise InputError(f"{path} holds the numbers of a palette, no intensities; save it as grey or RGB")
         if array.ndim == 3 and getattr(page, "planarconfig", 1) == 2:
             array = np.moveaxis(array, 0, -1)
         if photometric is not None and int(photometric) == 0 and np.issubdtype(array.dtype, np.unsignedinteger):
@@ -85,7 +91,7 @@ def _read_tiff(path: Path) -> np.ndarray:
         return np.asarray(array)
 
 
-def _read_other(path: Path) -> np.ndarray:
+def _read_other(path: Path, indices: bool) -> np.ndarray:
     from PIL import Image
 
     with Image.open(path) as image:
@@ -101,6 +107,9 @@ def _read_other(path: Path) -> np.ndarray:
             return np.asarray(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path))))
         if image.mode == "1":
             return np.asarray(image).astype(np.uint8)
+        if image.mode == "P" and not indices:
+            colours = np.asarray(image.convert("RGBA"))
+            return colours[..., [0, 3]] if (colours[..., :3] == colours[..., :1]).all() else colours
         if image.mode in ("L", "P", "RGB", "RGBA", "LA", "F"):
             return np.asarray(image)
         if image.mode.startswith("I"):
