@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from nnunet_sam2.report.pictures import unpack
 from nnunet_sam2.report.run_files import RunFiles
 from nnunet_sam2.report.write import REPORT_FILE, pictures_of, try_to_report, write_report
 from nnunet_sam2.rounds.decisions.holds import CaseHold, holds_to_json
-from nnunet_sam2.rounds.ledger import Ledger
+from nnunet_sam2.rounds.ledger import Ledger, StageResult
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import run_folder
 from nnunet_sam2.storage import file_hash
@@ -100,6 +101,19 @@ def test_pictures_show_first_last_and_human_labels_and_the_story(run: tuple[Data
     held_out, other = (unpack(pictures.blocks[c.case_id])[0]["planes"] for c in files.cohort.labelled[:2])
     assert held_out == ["first", "last", "human", "confidence"]
     assert other == ["first", "human", "confidence"]
+
+
+def test_a_labelled_case_is_shown_with_the_label_of_sam_2_that_its_dice_belongs_to(
+    run: tuple[DatasetFolders, Path],
+) -> None:
+    folders, folder = run
+    shutil.copytree(folder / "sam2", folder / "r03" / "sam2")
+    Ledger(folder).run_stage("r03/sam2", {}, lambda: StageResult(), what="SAM 2 labels anew")
+    files = RunFiles.open(folders, folder)
+    labelled, unlabelled = files.cohort.labelled[0], files.cohort.unlabelled[0]
+    for case, place in ((labelled, folder / "r03" / "sam2" / "labelled"), (unlabelled, folder / "sam2" / "unlabelled")):
+        assert files.label_files(case)["first"].parent == place
+    assert files.record_file(labelled) == folder / "r03" / "sam2" / "labelled" / "members" / f"{labelled.case_id}.json"
 
 
 def test_between_rounds_the_cases_to_look_at_first_alone_have_pictures(run: tuple[DatasetFolders, Path]) -> None:

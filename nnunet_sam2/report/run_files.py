@@ -104,7 +104,8 @@ class RunFiles:
         Test labels and hidden ones of a benchmark are not among them: nothing but evaluation reads these.
         """
         name = f"{case.case_id}{self.cohort.file_ending}"
-        first = self.sam2_folders(case)[0]
+        # Of a labelled case the newest, to which its measured Dice belongs.
+        first = self.sam2_folders(case)[-1 if case.role is Role.LABELLED else 0]
         files = {"first": first / name}
         if case.role is Role.LABELLED:
             files["human"] = self.cohort.label_path(case)
