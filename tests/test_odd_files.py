@@ -96,6 +96,9 @@ def test_colour_vectors_and_segments_are_refused_with_advice(tmp_path: Path) -> 
         SimpleITK.WriteImage(vectors, str(tmp_path / name))
         with pytest.raises(InputError, match=said):
             read_stored(tmp_path / name)
+    nibabel.save(nibabel.Nifti2Image(np.zeros((3, 4, 5), np.int16), np.eye(4)), tmp_path / "two.nii.gz")
+    with pytest.raises(InputError, match="save it as NIfTI-1"):
+        read_stored(tmp_path / "two.nii.gz")
     complex_image = nibabel.Nifti1Image(np.zeros((3, 4, 5), np.complex64), np.eye(4))
     nibabel.save(complex_image, tmp_path / "c.nii.gz")
     with pytest.raises(InputError, match="complex"):

@@ -72,9 +72,8 @@ def read_values(path: Path) -> np.ndarray:
     with open_stream(path) as stream:
         raw = stream.read()
     header = read_header(path, raw[:600])
-    kind = nibabel.Nifti1Image if isinstance(header, nibabel.Nifti1Header) else nibabel.Nifti2Image
     with np.errstate(over="ignore", invalid="ignore"):
-        array = np.asarray(kind.from_bytes(raw).dataobj)
+        array = np.asarray(nibabel.Nifti1Image.from_bytes(raw).dataobj)
         if array.dtype.kind == "f" and np.dtype(header.get_data_dtype()).itemsize <= 4:
             array = array.astype(np.float32)
     array = array.reshape(array.shape[: max(2, min(4, array.ndim))])
@@ -118,6 +117,8 @@ def read_header(path: Path, start: bytes) -> Any:
             continue
         single = bytes(header["magic"])[:3] == b"n+1" or bytes(header["magic"])[:3] == b"n+2"
         if int(header["sizeof_hdr"]) == kind.sizeof_hdr and 1 <= int(header["dim"][0]) <= 7 and single:
+            if kind is nibabel.Nifti2Header:
+                raise InputError(f"{path} is NIfTI-2, which SimpleITK and nnU-Net do not read; save it as NIfTI-1")
             return header
     raise InputError(f"{path} is named like NIfTI but has no NIfTI header; get the file again or name it by its format")
 
