@@ -101,6 +101,15 @@ def test_a_missing_preprocessed_file_is_made_again_with_the_same_plans(
         plan(planned, monkeypatch)
 
 
+def test_a_preprocessed_file_that_is_no_longer_what_nnunet_wrote_is_made_again(
+    planned: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = planned.folders.preprocessed / "nnUNetPlans_3d_fullres" / "case_00.b2nd"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(CommandNeededError, match=r"nnUNetv2_preprocess .* -c 3d_fullres"):
+        plan(planned, monkeypatch)
+
+
 def test_plans_of_the_users_own_are_kept(planned: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     (planned.folders.preprocessed / nnunet_plan.MARKER_FILE).unlink()
     with pytest.raises(CommandNeededError, match=r"nnUNetv2_preprocess .* -plans_name nnUNetPlans"):

@@ -142,14 +142,25 @@ def test_a_round_that_a_killed_process_left_half_is_made_again_the_same(planned:
 
 def test_a_rounds_label_or_distrust_that_was_changed_is_made_again_the_same(planned: Dataset) -> None:
     made = small_round(planned, "3d_fullres_r01")
-    assert {path.name for path in made.own_files} == {
+    own = [path for path in made.hashed_files if path.name.split(".")[0].removesuffix("_seg") in made.pseudo_cases]
+    assert {path.name for path in own} == {
         f"{case}{end}" for case in made.pseudo_cases for end in ("_seg.b2nd", ".pkl", ".b2nd")
     }
     before = contents(made.data_folder), contents(made.confidence_folder)
-    for path in made.own_files[:1] + made.own_files[-1:]:
+    for path in (own[0], own[-1]):
         path.write_bytes(path.read_bytes()[:-1] + b"x")
         assert small_round(planned, "3d_fullres_r01") == made
         assert (contents(made.data_folder), contents(made.confidence_folder)) == before
+
+
+def test_a_labelled_case_that_was_changed_after_preprocessing_is_refused_by_the_next_round(planned: Dataset) -> None:
+    small_round(planned, "3d_fullres_r01")
+    path = planned.folders.preprocessed / "nnUNetPlans_3d_fullres" / "case_00.pkl"
+    path.unlink()  # the round before keeps its link to what was there
+    path.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(InputError, match=r"case_00.pkl was changed after preprocessing; remove .* and run again"):
+        small_round(planned, "3d_fullres_r02")
+    small_round(planned, "3d_fullres_r01")
 
 
 def test_a_round_is_never_changed(planned: Dataset) -> None:

@@ -60,8 +60,10 @@ class TrainingStages:
                 self.run.options.configuration,
                 [c.case_id for c in self.run.cohort.unlabelled],
             )
+            preprocessed = nnunet.preprocessed_labelled(self.run.folders, self.run.options.configuration)
             return StageResult(
-                files=(self.run.folders.preprocessed / "dataset_fingerprint.json",), info={"folds": folds}
+                files=(self.run.folders.preprocessed / "dataset_fingerprint.json", *preprocessed),
+                info={"folds": folds},
             )
 
         inputs = {
@@ -99,7 +101,7 @@ class TrainingStages:
                 overrides=self.run.overrides,
             )
             return StageResult(
-                files=made.own_files or (made.record,),
+                files=made.hashed_files,
                 info={
                     "round": number,
                     "configuration": name,

@@ -23,7 +23,12 @@ from nnunet_sam2.rounds.nnunet.cases import preprocess_unlabelled
 from nnunet_sam2.rounds.nnunet.configuration import make_round_configuration
 from nnunet_sam2.rounds.nnunet.export import export_model
 from nnunet_sam2.rounds.nnunet.light import light_configuration, light_settings
-from nnunet_sam2.rounds.nnunet.plan import plan_and_preprocess, require_splits, write_splits
+from nnunet_sam2.rounds.nnunet.plan import (
+    plan_and_preprocess,
+    preprocessed_labelled,
+    require_splits,
+    write_splits,
+)
 from nnunet_sam2.rounds.nnunet.predict import predict_cases
 from nnunet_sam2.rounds.nnunet.training import read_validation, train
 
@@ -45,6 +50,7 @@ __all__ = [
     "plans_path",
     "predict_cases",
     "preprocess_unlabelled",
+    "preprocessed_labelled",
     "read_plans",
     "read_validation",
     "require_splits",

@@ -42,11 +42,14 @@ class RoundConfiguration:
         return Path(f"{self.data_folder}{RECORD_SUFFIX}")
 
     @property
-    def own_files(self) -> tuple[Path, ...]:
-        """Return the files that this round alone has: labels and distrust of its pseudo cases, as far as they exist."""
-        paths = [self.data_folder / f"{case}{end}" for case in self.pseudo_cases for end in ("_seg.b2nd", ".pkl")]
-        paths += [self.confidence_folder / f"{case}.b2nd" for case in self.pseudo_cases]
-        return tuple(path for path in paths if path.is_file())
+    def hashed_files(self) -> tuple[Path, ...]:
+        """Return the files that a round's data are known by: all but the pseudo cases' images.
+
+        These are links, most of the data's size, and were held against their hash when they were linked.
+        """
+        images = {f"{case}.b2nd" for case in self.pseudo_cases}
+        data = (path for path in self.data_folder.glob("*") if path.name not in images)
+        return (*sorted(data), *sorted(self.confidence_folder.glob("*")))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ from nnunet_sam2.rounds.nnunet.cases import (
     save_array,
     unlabelled_folder,
 )
-from nnunet_sam2.rounds.nnunet.plan import labelled_key
+from nnunet_sam2.rounds.nnunet.plan import labelled_key, require_unchanged
 from nnunet_sam2.storage import atomic_folder, file_hash, read_json, value_hash, write_json
 from nnunet_sam2.trainers.settings import SETTINGS_KEY, RoundSettings
 from nnunet_sam2.volumes import read_label, read_map
@@ -108,12 +108,13 @@ def make_round_configuration(
                 f"configuration {name} of {folders.name} exists with other labels or settings and rounds are never "
                 f"changed; use another name, or remove {record}, {folder} and {distrust} with the models trained on it"
             )
-        whole = _is_whole(folder, distrust, cohort, inputs) and known.get("files", {}).items() <= _hashes(made).items()
+        whole = _is_whole(folder, distrust, cohort, inputs) and known.get("files", {}).items() == _hashes(made).items()
         if whole and all_plans["configurations"].get(name) == entry:
             return made
     if pseudo_cases:
         preprocess_unlabelled(folders, cohort, base_configuration, pseudo_cases, plans=plans)
     with only_writer(folders):
+        require_unchanged(folders, base_configuration, plans=plans)
         loaded = load_preprocessing(folders, base_configuration, plans=plans)
         _write_data(made, cohort, folders, unlabelled_folder(folders, base_configuration, plans=plans), inputs, loaded)
         all_plans = read_plans(folders, plans)
@@ -168,8 +169,7 @@ def _is_whole(folder: Path, distrust: Path, cohort: Cohort, inputs: Mapping[str,
 
 
 def _hashes(made: RoundConfiguration) -> dict[str, str]:
-    """Hash what a round's data hold of their own; images and human labels are links to the preprocessed ones."""
-    return {f"{path.parent.name}/{path.name}": file_hash(path) for path in made.own_files}
+    return {f"{path.parent.name}/{path.name}": file_hash(path) for path in made.hashed_files}
 
 
 def _write_data(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,24 @@ def plan_and_preprocess(
     return plans_path(folders, plans)
 
 
+def preprocessed_labelled(folders: DatasetFolders, configuration: str, *, plans: str = PLANS) -> tuple[Path, ...]:
+    """Return nnU-Net's own files of the preprocessed labelled cases."""
+    return tuple(sorted(_labelled_folder(folders, configuration, plans).iterdir()))
+
+
+def require_unchanged(folders: DatasetFolders, configuration: str, *, plans: str = PLANS) -> None:
+    """Refuse preprocessed labelled cases that are not as nnU-Net wrote them, before a round learns from them.
+
+    Among them are the pickles that nnU-Net loads. Raises `InputError`. Nothing is known of what an earlier version of
+    this package had preprocessed.
+    """
+    folder = _labelled_folder(folders, configuration, plans)
+    known = _read_marker(folders).get(plans, {}).get("files", {}).get(configuration, {})
+    for name, sha256 in known.items():
+        if not (folder / name).is_file() or file_hash(folder / name) != sha256:
+            raise InputError(f"{folder / name} was changed after preprocessing; remove {folder} and run again")
+
+
 def write_splits(folders: DatasetFolders, cohort: Cohort) -> list[dict[str, list[str]]]:
     """Write ``splits_final.json`` (by patient, labelled cases only) and return the folds; a valid one is kept.
 
@@ -116,7 +135,8 @@ def _plan_and_preprocess(
     state["key"] = key
     state["nnunetv2"] = require_nnunet()
     state.setdefault("done", [])
-    if configuration in state["done"] and _is_whole(folders, cohort, configuration, plans):
+    known = state.setdefault("files", {}).get(configuration, {})
+    if configuration in state["done"] and _is_whole(folders, cohort, configuration, plans, known):
         _refresh_references(folders, cohort)
         return
     # Before anything changes: what is on disk may be half a step from here on.
@@ -140,11 +160,13 @@ def _plan_and_preprocess(
     if not plans_path(folders, plans).is_file():
         raise StageError(f"nnU-Net wrote no {plans_path(folders, plans)}; does the planner fit -p {plans}? Log: {log}")
     require_trainable(read_plans(folders, plans), configuration)
-    if not _is_whole(folders, cohort, configuration, plans):
+    if not _is_whole(folders, cohort, configuration, plans, {}):
         raise StageError(f"nnU-Net did not preprocess every labelled case of {folders.name}; log: {log}")
     _refresh_references(folders, cohort)
     state["planned"] = True
     state["done"] = sorted({*state["done"], configuration})
+    made = preprocessed_labelled(folders, configuration, plans=plans)
+    state["files"][configuration] = {path.name: file_hash(path) for path in made}
     _write_marker(folders, {**marker, plans: state})
 
 
@@ -183,10 +205,20 @@ def _refuse_if_rounds_exist(folders: DatasetFolders, planned_with: str | None) -
     )
 
 
-def _is_whole(folders: DatasetFolders, cohort: Cohort, configuration: str, plans: str) -> bool:
-    folder = folders.preprocessed / resolved_configuration(read_plans(folders, plans), configuration)["data_identifier"]
+def _labelled_folder(folders: DatasetFolders, configuration: str, plans: str) -> Path:
+    return folders.preprocessed / resolved_configuration(read_plans(folders, plans), configuration)["data_identifier"]
+
+
+def _is_whole(
+    folders: DatasetFolders, cohort: Cohort, configuration: str, plans: str, hashes: Mapping[str, str]
+) -> bool:
+    folder = _labelled_folder(folders, configuration, plans)
     wanted = {case.case_id + end for case in cohort.labelled for end in (".b2nd", "_seg.b2nd", ".pkl")}
-    return folder.is_dir() and wanted == set(os.listdir(folder))
+    return (
+        folder.is_dir()
+        and wanted == set(os.listdir(folder))
+        and all(file_hash(folder / name) == sha256 for name, sha256 in hashes.items())
+    )
 
 
 def _refresh_references(folders: DatasetFolders, cohort: Cohort) -> None:
