@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,10 @@ from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.labelling.quality.calibration import Calibration
 from nnunet_sam2.labelling.quality.features import Features
 from nnunet_sam2.labelling.quality.trust import Verdict, spread_quality, trusted_confidence
+from nnunet_sam2.rounds.decisions.holds import CaseHold
+from nnunet_sam2.rounds.decisions.record import accepted_path
 from nnunet_sam2.rounds.pseudo_labels import Fused, fuse_cases, mean_dice_by_class
+from nnunet_sam2.storage import file_hash
 from nnunet_sam2.support.library import write_probabilities
 from nnunet_sam2.volumes import read_label, read_map, write_label
 
@@ -155,6 +159,30 @@ def test_a_case_without_a_class_worth_learning_is_left_out_with_the_reason(cohor
     assert Fused.from_json(tmp_path / "out", fused.to_json(), digest="") == fused
     everything = _fuse(cohort, sam2, None, tmp_path / "all", sam2_estimates=estimates)
     assert everything.used_cases == (bad, other)
+
+
+def test_of_a_case_that_comes_back_by_an_accepted_class_the_others_are_still_named_as_not_learnt(
+    cohort: Cohort, tmp_path: Path
+) -> None:
+    sam2 = _source(cohort, tmp_path / "sam2", _boxes(cohort, 0), sure=0.9)
+    bad, other = cohort.unlabelled
+    seen = file_hash(sam2 / f"{bad.case_id}.nii.gz")
+    kept = accepted_path(tmp_path, bad.case_id, seen, ".nii.gz")
+    kept.parent.mkdir(parents=True)
+    shutil.copy(sam2 / f"{bad.case_id}.nii.gz", kept)
+    fused = _fuse(
+        cohort,
+        sam2,
+        None,
+        tmp_path / "out",
+        sam2_estimates={bad.case_id: {1: 0.2, 2: 0.1}},
+        least_quality=0.3,
+        holds={bad.case_id: CaseHold(accepted={1: seen})},
+        run=tmp_path,
+    )
+    assert fused.used_cases == (bad.case_id, other.case_id)
+    assert fused.left_out == {}
+    assert fused.distrusted == {bad.case_id: (2,)}
 
 
 def test_confidence_is_scaled_alike_on_both_sides_of_a_border(cohort: Cohort, tmp_path: Path) -> None:

@@ -188,15 +188,14 @@ def fuse_cases(
         label_zyx, trusted_zyx = fused.label_zyx, fused.confidence_zyx
         voxels[name] = _count(label_zyx, values)
         in_doubt_zyx = fused.confidence_zyx < 0.99
+        reason: str | None = None
+        failed: tuple[int, ...] = ()
         if any(name in table for table in by_case.values()):
             weights = {source: _weights(fused.record["sources"][source]) for source in sources}
             verdict = judge(fused_estimate(own, weights, voxels[name]), least_quality)
             trusted_zyx = trusted_confidence(trusted_zyx, fused.label_zyx, fused.prob_czyx, values, verdict)
             estimates[name] = {v: None if d is None else round(d, 4) for v, d in verdict.estimate.items()}
-            if verdict.reason:
-                left_out[name] = verdict.reason
-            elif verdict.failed:
-                distrusted[name] = verdict.failed
+            reason, failed = verdict.reason, verdict.failed
         hold = (holds or {}).get(name, CaseHold())
         if hold != CaseHold():
             decided = decide(
@@ -208,15 +207,16 @@ def fuse_cases(
                 confidence_zyx=trusted_zyx,
                 prob_czyx=fused.prob_czyx,
                 estimate=estimates.get(name, {}),
-                left_out=left_out.pop(name, None),
-                distrusted=distrusted.pop(name, ()),
+                left_out=reason,
+                distrusted=failed,
             )
             label_zyx, trusted_zyx = decided.label_zyx, decided.confidence_zyx
             voxels[name], estimates[name] = _count(label_zyx, values), decided.estimate
-            if decided.left_out:
-                left_out[name] = decided.left_out
-            elif decided.distrusted:
-                distrusted[name] = decided.distrusted
+            reason, failed = decided.left_out, decided.distrusted
+        if reason:
+            left_out[name] = reason
+        elif failed:
+            distrusted[name] = failed
         doubtful = (label_zyx > 0) | in_doubt_zyx
         write_label(out / f"{name}{ending}", label_zyx, case.geometry)
         write_map(out / CONFIDENCE / f"{name}{ending}", trusted_zyx, case.geometry)
