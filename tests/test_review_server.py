@@ -21,6 +21,8 @@ from review_client import Client
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.report.page import Pictures
+from nnunet_sam2.review import session
 from nnunet_sam2.review.app import MOST_BYTES
 from nnunet_sam2.review.take_in import take_in
 from nnunet_sam2.rounds.decisions.record import (
@@ -150,6 +152,42 @@ CHANGED: tuple[tuple[dict[str, str | None], int], ...] = (
     ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
     ({"Content-Type": None}, 415),
 )
+
+
+def test_pictures_are_made_again_for_newer_labels_alone_and_decisions_do_not_wait_for_them(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders, folder = run
+    begun, go_on = threading.Event(), threading.Event()
+    made: list[int] = []
+
+    def slow(*arguments: Any) -> Pictures:
+        made.append(len(made))
+        begun.set()
+        assert len(made) == 1 or go_on.wait(20)
+        return Pictures(blocks={}, problems={}, note="")
+
+    monkeypatch.setattr(session, "pictures_of", slow)
+    with DecisionFile(folder) as decisions:
+        reviewed = session.ReviewSession(folders, folder, decisions)
+        ledger = Ledger(folder)
+        ledger.note_retry("no memory", "again")
+        reviewed.page()
+        assert len(made) == 1
+        cohort = Cohort.load(folders.raw)
+        first, second = cohort.unlabelled
+        add_labels(ledger, cohort, 3, fused_record(first.case_id, second.case_id, 3))
+        begun.clear()
+        page = threading.Thread(target=reviewed.page)
+        page.start()
+        assert begun.wait(20)
+        label = reviewed.state()["cases"][first.case_id]["label"]
+        reviewed.decide(case_id=first.case_id, decision="reject", classes=[1], label=label)
+        assert page.is_alive()
+        go_on.set()
+        page.join(20)
+    assert len(made) == 2
+    assert standing(read_decisions(decisions_path(folder)))[first.case_id].rejected == {1: label}
 
 
 def test_a_request_of_another_page_or_under_another_name_decides_nothing(client: Client) -> None:

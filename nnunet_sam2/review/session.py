@@ -48,13 +48,17 @@ class ReviewSession:
         self._decisions = decisions
         self._most_pictures = most_pictures
         self._lock = threading.RLock()
-        self._seen = self._read()
+        self._reading = threading.Lock()
+        self._seen = self._read(None)
 
     def page(self) -> str:
         """Render the page, of newer labels where the run has gone on."""
-        with self._lock:
+        with self._reading:  # pictures of many cases take their time, and decisions do not wait for them
             if self._seen.mark != self._mark():
-                self._seen = self._read()
+                seen = self._read(self._seen)
+                with self._lock:
+                    self._seen = seen
+        with self._lock:
             seen, cases = self._seen, self._cases()
             first = [(name, "; ".join(case["why"])) for name, case in cases.items() if case["open"]]
             data = {
@@ -121,17 +125,21 @@ class ReviewSession:
             return False
         return _labels(RunFiles.open(self.folders, self.run)) != self._seen.labels
 
-    def _read(self) -> _Seen:
+    def _read(self, before: _Seen | None) -> _Seen:
         mark = self._mark()
         files = RunFiles.open(self.folders, self.run)
-        account = gather(files)
+        account, labels = gather(files), _labels(files)
+        if before is not None and (before.labels, before.files.cohort) == (labels, files.cohort):
+            pictures = before.pictures
+        else:
+            pictures = pictures_of(files, account, self._most_pictures)
         return _Seen(
             mark=mark,
             files=files,
             account=account,
-            pictures=pictures_of(files, account, self._most_pictures),
+            pictures=pictures,
             signs=signs_of_run(files, account),
-            labels=_labels(files),
+            labels=labels,
         )
 
     def _cases(self) -> dict[str, dict[str, Any]]:
