@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from nnunet_sam2.cli.main import main
-from nnunet_sam2.cohort.cohort import Cohort
+from nnunet_sam2.cohort.cohort import HIDDEN_LABELS, Cohort
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.machine import Memory
+from nnunet_sam2.review.take_in import take_in
 from nnunet_sam2.rounds.disk import RESERVE, run_size
 from nnunet_sam2.rounds.estimate import estimate as module
 from nnunet_sam2.rounds.estimate import selfbench
@@ -310,6 +311,24 @@ def test_a_dry_run_measures_once_writes_nothing_and_refuses_what_cannot_fit(
     assert main(command) == 2
     assert "does not fit: memory" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in cache.rglob("*.json")} == measured
+
+
+def test_labels_that_people_drew_before_the_run_count_as_supports(
+    fresh_dataset: DatasetFolders, generated_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = Cohort.load(fresh_dataset.raw).unlabelled[0].case_id
+    take_in(fresh_dataset.raw, [generated_folder / HIDDEN_LABELS / f"{drawn}.nii.gz"])
+    asked: list[str] = []
+
+    def stop(*_: Any, support_ids: tuple[str, ...], **__: Any) -> None:
+        asked.extend(support_ids)
+        raise InputError("enough")
+
+    monkeypatch.setattr(module, "measure", stop)
+    with pytest.raises(InputError, match="enough"):
+        module.estimate_run(fresh_dataset, RunOptions(profile="cpu", device="cpu", sam2="untrained"))
+    assert asked[-1] == drawn
+    assert len(asked) == 3
 
 
 def test_a_dry_run_refuses_the_options_that_the_run_would_refuse(fresh_dataset: DatasetFolders) -> None:

@@ -88,13 +88,16 @@ def estimate_run(folders: DatasetFolders, options: RunOptions, *, again: bool = 
     """
     from nnunet_sam2.rounds.orchestrator import refuse_other_options, refuse_unusable
 
-    cohort = Cohort.load(folders.raw).as_planned()
+    known = Cohort.load(folders.raw)
+    cohort = known.as_planned()
     refuse_unusable(folders, cohort, options)
     folder = run_folder(folders, options.run_name)
     refuse_other_options(folder, read_events(folder / LEDGER_FILE), options)
     validation = _validation(folders, cohort, options)
-    held_out = {case.case_id for case in validation}
+    held_out, patients = {case.case_id for case in validation}, {case.patient for case in validation}
     supports = tuple(c for c in cohort.labelled if options.supports == "all" or c.case_id not in held_out)
+    # Labels that people drew since prompt SAM 2 as well.
+    supports += tuple(c for c in known.labelled if c not in cohort.labelled and c.patient not in patients)
     if not supports:
         raise InputError(f"{cohort.name}: the fold validates on every labelled case; use --supports all or -f all")
     several = _several_views(options)
