@@ -49,7 +49,7 @@ def flat_dataset(
 
 
 def _run(folders: DatasetFolders, folder: Path, strategy: str, fold: str = "all") -> RunContext:
-    cohort = Cohort.load(folders.raw)
+    cohort = Cohort.load(folders.raw).as_planned()
     ledger = Ledger(folder)
     labelled = [case.case_id for case in cohort.labelled]
     folds = [{"train": labelled[1:], "val": labelled[:1]}]
@@ -130,9 +130,20 @@ def test_a_label_that_a_person_drew_during_the_run_prompts_sam_2_from_its_round_
         again.digest,
     ]
     assert len(run.ledger.events) == events
+    # The same label drawn once more is another prompt, and the first one stays what the labels before were made from.
+    label_zyx, geometry = read_label(generated_folder / HIDDEN_LABELS / f"{drawn.case_id}.nii.gz")
+    write_label(tmp_path / f"{drawn.case_id}.nii.gz", np.where(label_zyx == 2, 0, label_zyx), geometry)
+    take_in(fresh_dataset.raw, [tmp_path / f"{drawn.case_id}.nii.gz"], replace=True)
+    newer = holds_of(Cohort.load(fresh_dataset.raw), [], held_out_patients=frozenset())
+    assert stages.label_from_supports(5, newer).folder == run.round_folder(5) / "sam2" / "unlabelled"
+    second = _run(fresh_dataset, tmp_path / "second", "transfer")
+    made = LabellingStages(second).label_from_supports()
+    assert second.added_before[drawn.case_id] == newer[drawn.case_id].human
+    assert LabellingStages(second).label_from_supports(1, newer).digest == made.digest
+    assert LabellingStages(second).label_from_supports(2, holds).folder == second.round_folder(2) / "sam2/unlabelled"
     # A case that is taken out prompts nobody.
     out = {case_id: replace(hold, taken_out=True) for case_id, hold in holds.items()}
-    assert stages.label_from_supports(5, out).digest == first.digest
+    assert stages.label_from_supports(6, out).digest == first.digest
 
 
 @pytest.mark.parametrize(("strategy", "used"), [("refine", "refine"), ("transfer", "prompted")])

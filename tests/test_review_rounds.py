@@ -327,7 +327,7 @@ def test_a_new_run_learns_a_corrected_label_at_once_and_prompts_sam_2_with_it(st
 
     def remember(self: Labelling, number: int = 0, holds: Holds | None = None) -> SupportLabels:
         seen.append(self.run.support_ids)
-        assert self.run.support_cohort.case(FIRST).role is Role.LABELLED
+        assert self.run.support_cohort().case(FIRST).role is Role.LABELLED
         assert self.run.cohort.case(FIRST).role is Role.UNLABELLED
         return original(self, number, holds)
 

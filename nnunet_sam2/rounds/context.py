@@ -110,36 +110,35 @@ class RunContext:
         labelled = [c.case_id for c in self.cohort.labelled]
         if self.options.supports != "all":
             labelled = [case_id for case_id in labelled if case_id not in set(self.validation_ids)]
-        return [*labelled, *self._added_supports]
+        return [*labelled, *self.added_before]
 
-    @cached_property
-    def support_cohort(self) -> Cohort:
-        """Return the cohort with the labels that prompt SAM 2: those that came before the run began as well."""
-        added = {c.case_id: c for c in Cohort.load(self.cohort.root).labelled if c.case_id in self._added_supports}
-        return replace(self.cohort, cases=tuple(added.get(c.case_id, c) for c in self.cohort.cases))
+    def support_cohort(self, drawn: Mapping[str, Addition] | None = None) -> Cohort:
+        """Return the cohort with the labels that prompt SAM 2: those that came before the run began as well.
 
-    def support_cohort_with(self, labels: Mapping[str, Addition]) -> Cohort:
-        """Return the `support_cohort` with whole human labels that came while the run went on, by case id."""
+        ``drawn`` are whole human labels that came while the run went on, by case id.
+        """
+        labels = {**self.added_before, **(drawn or {})}
         cases = (
             replace(c, role=Role.LABELLED, label=labels[c.case_id].label, added=labels[c.case_id])
             if c.case_id in labels
             else c
-            for c in self.support_cohort.cases
+            for c in self.cohort.cases
         )
-        return replace(self.support_cohort, cases=tuple(cases))
+        return replace(self.cohort, cases=tuple(cases))
 
     @cached_property
-    def _added_supports(self) -> list[str]:
+    def added_before(self) -> dict[str, Addition]:
         """Human labels that came after the dataset was made and before this run; later ones are the rounds' `Holds`."""
+        for event in self.ledger.events:
+            if event["event"] == "started" and event["stage"] == "setup/sam2_quality":
+                added = event["inputs"].get("added", {})
+                return {case_id: Addition.from_json(value) for case_id, value in added.items()}
         held_out = {self.cohort.case(case_id).patient for case_id in self.validation_ids}
-        added = [
-            c.case_id
+        return {
+            c.case_id: c.added
             for c in Cohort.load(self.cohort.root).labelled
             if c.added and c.patient not in held_out and self.cohort.case(c.case_id).role is Role.UNLABELLED
-        ]
-        first = [e for e in self.ledger.events if e["event"] == "started" and e["stage"] == "setup/sam2_quality"]
-        known = set(first[0]["inputs"].get("supports", ())) if first else set(added)
-        return [case_id for case_id in added if case_id in known]
+        }
 
     @property
     def fold(self) -> int | str:

@@ -54,11 +54,11 @@ class LabellingStages:
         Whole labels that people drew while the run went on are supports as well, from the round on in which they hold:
         in that round all is labelled anew, otherwise what there is stays.
         """
-        known = set(self.run.support_ids)
+        known = self.run.added_before
         drawn = {
             case_id: hold.human
             for case_id, hold in sorted((holds or {}).items())
-            if hold.human is not None and hold.whole_human and not hold.taken_out and case_id not in known
+            if hold.human is not None and hold.whole_human and not hold.taken_out and hold.human != known.get(case_id)
         }
         if self._support_labels is None or drawn != self._drawn:
             self._drawn, self._support_labels = drawn, self._label_from(drawn, f"r{number:02d}" if drawn else "setup")
@@ -66,11 +66,13 @@ class LabellingStages:
 
     def _label_from(self, drawn: Mapping[str, Addition], phase: str) -> SupportLabels:
         out = self.run.folder / (f"{phase}/sam2" if drawn else "sam2")
-        supports, cohort = [*self.run.support_ids, *drawn], self.run.support_cohort_with(drawn)
+        cohort, before = self.run.support_cohort(drawn), self.run.added_before
+        supports = [*self.run.support_ids, *(case_id for case_id in drawn if case_id not in before)]
         inputs = {
             "setup": self.run.digest("setup/plan"),
             "supports": supports,
-            **({"drawn": {case_id: addition.sha256 for case_id, addition in drawn.items()}} if drawn else {}),
+            **_to_json("added", before),
+            **_to_json("drawn", drawn),
             "strategy": self.run.options.strategy,
             "strategy_options": self.run.options.strategy_options,
             "sam2": self.run.sam2_identity,
@@ -145,7 +147,7 @@ class LabellingStages:
 
         def work() -> StageResult:
             _, files = self._label(
-                self.run.support_cohort,
+                self.run.support_cohort(),
                 [c.case_id for c in self.run.cohort.unlabelled],
                 self.run.validation_ids,
                 strategy,
@@ -204,7 +206,7 @@ class LabellingStages:
             files = on_cpu_if_full(
                 self.run,
                 lambda backend: measure_folder(
-                    self.run.support_cohort,
+                    self.run.support_cohort(),
                     cases,
                     support_ids=self.run.support_ids,
                     backend=backend,
@@ -320,3 +322,7 @@ class LabellingStages:
 
     def _judged(self, student: Student) -> Path:
         return self.run.round_folder(student.number) / "student" / "quality"
+
+
+def _to_json(name: str, labels: Mapping[str, Addition]) -> dict[str, Any]:
+    return {name: {case_id: addition.to_json() for case_id, addition in labels.items()}} if labels else {}
