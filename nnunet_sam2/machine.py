@@ -7,12 +7,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-CGROUP_FILES = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
-"""Where Linux says what a container or a job may take: version 2, version 1."""
-
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -38,8 +32,33 @@ def read_memory() -> Memory:
 
     found = psutil.virtual_memory()
     return Memory(
-        total=int(found.total), available=int(found.available), limit=memory_limit(CGROUP_FILES, int(found.total))
+        total=int(found.total), available=int(found.available), limit=memory_limit(limit_files(), int(found.total))
     )
+
+
+def limit_files(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> tuple[Path, ...]:
+    """Return the files in which Linux says what this process's container or job may take, and those around it.
+
+    ``groups`` names the process's control groups, a line each: ``0::/slurm/job_1`` of version 2, ``9:memory:/slurm``
+    of version 1. A scheduler's limit may stand at any level of the path.
+    """
+    try:
+        lines = groups.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    places = [(root, "memory.max", "/"), (root / "memory", "memory.limit_in_bytes", "/")]
+    for line in lines:
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            places.append((root, "memory.max", path))
+        elif "memory" in controllers.split(","):
+            places.append((root / "memory", "memory.limit_in_bytes", path))
+    files = {}
+    for base, name, path in places:
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        files |= {base.joinpath(*parts[:depth], name): None for depth in range(len(parts) + 1)}
+    return tuple(files)
 
 
 def memory_limit(files: tuple[Path, ...], total: int) -> int | None:

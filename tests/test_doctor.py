@@ -16,7 +16,7 @@ from nnunet_sam2.doctor.computer import Accelerator
 from nnunet_sam2.doctor.dataset import check_dataset, check_images, check_labels, check_plans, check_run
 from nnunet_sam2.doctor.finding import Finding, Level, ok, warn
 from nnunet_sam2.folders import VARIABLES, DatasetFolders
-from nnunet_sam2.machine import Memory, memory_limit
+from nnunet_sam2.machine import Memory, limit_files, memory_limit
 from nnunet_sam2.rounds.ledger import Ledger, StageResult
 from nnunet_sam2.sam2.weights.cache import WeightsRecord, write_record
 from nnunet_sam2.storage import file_hash
@@ -80,6 +80,19 @@ def test_more_threads_than_cores_and_nonsense_are_noticed() -> None:
     assert level(computer.check_threads({"OMP_NUM_THREADS": "8"}, 2)) == "warn"
     assert computer.check_threads({"OMP_NUM_THREADS": "many"}, 2).mend == "unset OMP_NUM_THREADS"
     assert level(computer.check_threads({}, 2)) == "ok"
+
+
+def test_a_jobs_limit_is_found_at_every_level_of_its_control_group(tmp_path: Path) -> None:
+    (tmp_path / "two").write_text("0::/slurm/job_7/step_0\n")
+    (tmp_path / "slurm/job_7/step_0").mkdir(parents=True)
+    (tmp_path / "slurm/job_7/memory.max").write_text(f"{8 * GB}\n")
+    (tmp_path / "slurm/job_7/step_0/memory.max").write_text("max\n")
+    assert memory_limit(limit_files(tmp_path / "two", tmp_path), 64 * GB) == 8 * GB
+    (tmp_path / "one").write_text("12:cpu,cpuacct:/slurm/job_8\n9:memory:/slurm/job_8\n1:name=systemd:/x\n")
+    (tmp_path / "memory/slurm/job_8").mkdir(parents=True)
+    (tmp_path / "memory/slurm/job_8/memory.limit_in_bytes").write_text(f"{4 * GB}\n")
+    assert memory_limit(limit_files(tmp_path / "one", tmp_path), 64 * GB) == 4 * GB
+    assert memory_limit(limit_files(tmp_path / "absent", tmp_path), 64 * GB) is None
 
 
 def test_a_containers_limit_counts_and_not_the_machines_memory(tmp_path: Path) -> None:

@@ -16,13 +16,15 @@ import psutil
 import pytest
 
 from nnunet_sam2.cli.main import main
-from nnunet_sam2.cohort.cohort import Cohort
+from nnunet_sam2.cohort.cohort import HIDDEN_LABELS, Cohort
 from nnunet_sam2.cohort.splits import make_splits
 from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.review.take_in import take_in
 from nnunet_sam2.rounds import disk
 from nnunet_sam2.rounds import lock as locks
 from nnunet_sam2.rounds.context import RunContext
+from nnunet_sam2.rounds.decisions.record import Decision, DecisionFile, decisions_path, read_decisions, standing
 from nnunet_sam2.rounds.device_memory import on_cpu_if_full
 from nnunet_sam2.rounds.ledger import BACKUP_FILE, LEDGER_FILE, Ledger, StageResult, read_events
 from nnunet_sam2.rounds.lock import OWNER_FILE, Owner, in_use, only_run
@@ -284,6 +286,18 @@ def test_preprocessed_data_that_cannot_be_locked_are_written_and_the_danger_is_s
 ) -> None:
     with only_writer(fresh_dataset):
         assert "let no other run of Dataset501_Tiny begin" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_labels_are_taken_in_and_decisions_made_where_there_are_no_locks(
+    fresh_dataset: DatasetFolders, generated_folder: Path, tmp_path: Path
+) -> None:
+    case_id = Cohort.load(fresh_dataset.raw).unlabelled[0].case_id
+    ((taken, _),) = take_in(fresh_dataset.raw, [generated_folder / HIDDEN_LABELS / f"{case_id}.nii.gz"])
+    assert taken == case_id
+    with DecisionFile(tmp_path) as decisions:
+        decisions.append(Decision.TAKE_OUT, case_id=case_id)
+    assert standing(read_decisions(decisions_path(tmp_path)))[case_id].taken_out
 
 
 def test_a_run_whose_preprocessed_data_were_removed_makes_them_again(planned_run: RunContext) -> None:

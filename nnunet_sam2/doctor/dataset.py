@@ -11,7 +11,7 @@ from nnunet_sam2.doctor.finding import Finding, fail, ok, warn
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import track
-from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
+from nnunet_sam2.rounds.ledger import LEDGER_FILE, artefact, read_events
 from nnunet_sam2.rounds.nnunet import plans_path, read_plans
 from nnunet_sam2.rounds.state import find_runs
 from nnunet_sam2.storage import file_hash
@@ -93,7 +93,11 @@ def check_run(folder: Path) -> Finding:
         text = str(error)
         return fail(check, text.split("; ")[0], text.split("; ", 1)[-1])
     done = {event["stage"]: event for event in events if event["event"] == "done"}
-    files = [(stage, folder / name, known) for stage, event in done.items() for name, known in event["files"].items()]
+    files = [
+        (stage, artefact(folder, name), known)
+        for stage, event in done.items()
+        for name, known in event["files"].items()
+    ]
     changed = []
     for stage, path, known in track(files, what=f"checking {check}", total=len(files)):
         if not path.is_file() or file_hash(path) != known:

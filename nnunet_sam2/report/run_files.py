@@ -15,7 +15,7 @@ from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.explain.cases import class_names
 from nnunet_sam2.labelling.records import record_path
 from nnunet_sam2.rounds.decisions.holds import CaseHold, holds_from_json
-from nnunet_sam2.rounds.ledger import LEDGER_FILE, REVIEWED, read_events
+from nnunet_sam2.rounds.ledger import LEDGER_FILE, REVIEWED, artefact, read_events
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import RunState, state_of_events
 from nnunet_sam2.storage import read_json
@@ -124,7 +124,11 @@ class RunFiles:
     @cached_property
     def hashes(self) -> dict[Path, str]:
         """Return the hash that the ledger has of each file that a stage wrote last."""
-        return {self.folder / name: sha256 for event in self.done.values() for name, sha256 in event["files"].items()}
+        return {
+            artefact(self.folder, name): sha256
+            for event in self.done.values()
+            for name, sha256 in event["files"].items()
+        }
 
     @cached_property
     def class_names(self) -> dict[int, str]:

@@ -18,6 +18,7 @@ from nnunet_sam2.cohort.cohort import ADDED_LABELS, Addition, Case, Cohort, Role
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.checks import strip_ending
 from nnunet_sam2.review.hand_over import EXPORT_FILE
+from nnunet_sam2.rounds.lock import acquired
 from nnunet_sam2.storage import TEMPORARY_MARK, file_hash, read_json
 from nnunet_sam2.volumes import read_label, voxel_hash, write_label
 
@@ -55,7 +56,9 @@ def take_in(
 
     if case_id is not None and len(files) != 1:
         raise InputError("--case names the case of one file; import the others by their names")
-    with FileLock(raw / LOCK_FILE):
+    lock = FileLock(raw / LOCK_FILE)
+    acquired(lock)
+    try:
         cohort = Cohort.load(raw)
         values = None if classes is None else class_values_of(cohort, classes)
         checked = [_check(cohort, path, case_id, values, replaced=replace, allow_empty=allow_empty) for path in files]
@@ -67,6 +70,8 @@ def take_in(
             cohort, path = _enter(cohort, one, values)
             taken.append((one.case.case_id, path))
         return taken
+    finally:
+        lock.release()
 
 
 def class_values_of(cohort: Cohort, classes: Sequence[str]) -> tuple[int, ...]:

@@ -97,6 +97,11 @@ def _damaged(path: Path, number: int, what: str) -> InputError:
     return InputError(f"{path}, line {number}, {what}; {way_out}")
 
 
+def artefact(folder: Path, name: str) -> Path:
+    """Return the file that a ledger in ``folder`` names; by the names, as a link's target has other folders above."""
+    return Path(os.path.normpath(folder / name))
+
+
 class Ledger:
     """Append events to a run's ledger and skip the stages that it shows as done."""
 
@@ -183,8 +188,7 @@ class Ledger:
 
     def _changed_files(self, event: dict[str, Any]) -> Iterator[Path]:
         for name, expected in event["files"].items():
-            # By the names, as `_name` made it: a link's target has other folders above it.
-            path = Path(os.path.normpath(self.folder / name))
+            path = artefact(self.folder, name)
             if not path.is_file() or file_hash(path) != expected:
                 say(f"[{event['stage']}] {path} is missing or has changed since it was written: the stage runs again")
                 yield path

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -19,6 +20,9 @@ from nnunet_sam2.storage import read_json, write_json
 
 LOCK_FILE = "run.lock"
 OWNER_FILE = "run.owner"
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What file systems without locks answer."""
 
@@ -84,15 +88,12 @@ def only_run(folder: Path) -> Iterator[None]:
     entry = folder / OWNER_FILE
     lock = FileLock(folder / LOCK_FILE)
     try:
-        lock.acquire(timeout=0)
+        locked = acquired(lock, timeout=0)
     except Timeout:
         raise InputError(in_use(folder, Owner.read(entry))) from None
-    except (NotImplementedError, OSError) as error:
-        if not has_no_locks(error):
-            raise
-        owner = Owner.read(entry)
-        if owner is not None and (owner.is_elsewhere or owner.is_alive):
-            raise InputError(in_use(folder, owner)) from None
+    owner = None if locked else Owner.read(entry)
+    if owner is not None and (owner.is_elsewhere or owner.is_alive):
+        raise InputError(in_use(folder, owner))
     try:
         left = Owner.read(entry)
         if left is not None:
@@ -104,9 +105,17 @@ def only_run(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def has_no_locks(error: NotImplementedError | OSError) -> bool:
-    """Say whether a lock could not be taken because the file system has none."""
-    return isinstance(error, NotImplementedError) or error.errno in _NO_LOCKS
+def acquired(lock: BaseFileLock, *, timeout: float = -1) -> bool:
+    """Take a lock and return True; return False where the file system has none. Raises `filelock.Timeout`."""
+    try:
+        lock.acquire(timeout=timeout)
+    except NotImplementedError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 def in_use(folder: Path, owner: Owner | None) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_sam2.errors import InputError, StageError
+from nnunet_sam2.rounds.lock import acquired
 from nnunet_sam2.storage import value_hash, write_text
 
 REVIEW_FOLDER = "review"
@@ -213,7 +214,7 @@ class DecisionFile(AbstractContextManager["DecisionFile"]):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path.parent / LOCK_FILE)
         try:
-            self._lock.acquire(timeout=0)
+            acquired(self._lock, timeout=0)
         except Timeout:
             raise InputError(f"{run} is being reviewed by another process; use its page, or end it first") from None
         try:

@@ -13,7 +13,7 @@ from typing import Any
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import say
-from nnunet_sam2.rounds.lock import has_no_locks
+from nnunet_sam2.rounds.lock import acquired
 from nnunet_sam2.storage import TEMPORARY_MARK, read_json, write_text
 from nnunet_sam2.trainers.discovery import TRAINER_NAME
 
@@ -141,13 +141,11 @@ def only_writer(folders: DatasetFolders) -> Iterator[None]:
     folders.preprocessed.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folders.preprocessed / LOCK_FILE)
     try:
-        lock.acquire(timeout=0)
+        locked = acquired(lock, timeout=0)
     except Timeout:
         say(f"another run prepares {folders.name}; waiting for it")
-        lock.acquire()
-    except (NotImplementedError, OSError) as error:
-        if not has_no_locks(error):
-            raise
+        locked = acquired(lock)
+    if not locked:
         say(f"{folders.preprocessed} cannot be locked: let no other run of {folders.name} begin before this one ends")
     try:
         yield
