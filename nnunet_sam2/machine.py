@@ -54,7 +54,7 @@ def limit_files(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sy
             places.append((root, "memory.max", path))
         elif "memory" in controllers.split(","):
             places.append((root / "memory", "memory.limit_in_bytes", path))
-    files = {}
+    files: dict[Path, None] = {}
     for base, name, path in places:
         parts = [part for part in path.split("/") if part not in ("", "..")]
         files |= {base.joinpath(*parts[:depth], name): None for depth in range(len(parts) + 1)}
