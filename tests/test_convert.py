@@ -67,6 +67,17 @@ def _stock_check(cohort: Cohort) -> None:
         assert check_cases(entry["images"], entry["label"], len(dataset["channel_names"]), reader)
 
 
+@pytest.mark.parametrize("key", ["channel_names", "modality"])
+def test_a_source_names_its_channels_in_dataset_json_by_the_new_key_or_the_old(
+    key: str, tmp_path: Path, fresh_roots: Path
+) -> None:
+    source = _source(tmp_path / "source")
+    (source / "dataset.json").write_text(json.dumps({key: {"0": "CT"}}))
+    cohort = _convert(source)
+    assert cohort.channels == ("CT",)
+    assert json.loads((cohort.root / "dataset.json").read_text())["channel_names"] == {"0": "CT"}
+
+
 def test_images_without_label_become_unlabelled_and_human_files_keep_their_bytes(
     tmp_path: Path, fresh_roots: Path
 ) -> None:

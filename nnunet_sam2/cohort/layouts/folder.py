@@ -2,7 +2,7 @@
 
 Several channels lie side by side as ``CASE_0000``, ``CASE_0001``, or in sub-folders of ``images/``: one a case
 (``images/CASE/t1.nii.gz``) or one a channel (``images/t1/CASE.nii.gz``). ``labelsHidden/`` may hold the truth of
-unlabelled cases, a ``dataset.json`` with nnU-Net's ``labels`` and ``channel_names`` the names.
+unlabelled cases, a ``dataset.json`` with nnU-Net's ``labels`` and ``channel_names`` (or ``modality``) the names.
 """
 
 from __future__ import annotations
@@ -82,9 +82,11 @@ def _declared(source: Path):  # type: ignore[no-untyped-def]  # a triple of opti
         return None, None, None
     value = read_json(path)
     table, order = table_from_json(value, str(path)) if isinstance(value, dict) and "labels" in value else (None, None)
-    names = value.get("channel_names") if isinstance(value, dict) else None
-    if names is not None and not (isinstance(names, dict) and all(key.isdecimal() for key in names)):
-        raise InputError(f'{path}: channel_names counts from "0", as in {{"0": "CT"}}, got {names!r}; correct it')
+    # The Decathlon's and nnU-Net v1's name for it: a CT that is not called so is normalised as something else.
+    key = "modality" if isinstance(value, dict) and "channel_names" not in value else "channel_names"
+    names = value.get(key) if isinstance(value, dict) else None
+    if names is not None and not (isinstance(names, dict) and all(number.isdecimal() for number in names)):
+        raise InputError(f'{path}: {key} counts from "0", as in {{"0": "CT"}}, got {names!r}; correct it')
     channels = tuple(str(names[key]) for key in sorted(names, key=int)) if names else None
     return table, (None if order is None else tuple(order)), channels
 
