@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.cohort.cohort import Cohort
@@ -109,6 +110,14 @@ def test_the_command_lists_the_faults_and_its_status_tells(
     answer = json.loads(capsys.readouterr().out.split("\n}\n")[1] + "\n}")
     assert {p["kind"] for p in answer["problems"]} == {VALUES}
     assert main(["check-submission", "-d", "501", "-p", str(tmp_path / "nowhere")]) == 2
+
+
+def test_for_pictures_pictures_are_wanted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("images", "given"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(np.zeros((9, 7), np.uint8)).save(tmp_path / folder / "a.png")
+    assert main(["check-submission", "-i", str(tmp_path / "images"), "-p", str(tmp_path / "given")]) == 0
+    assert "1 cases, all good" in capsys.readouterr().out
 
 
 def test_a_reader_that_goes_ends_the_command_in_one_line(tmp_path: Path) -> None:

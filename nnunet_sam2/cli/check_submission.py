@@ -24,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--root", default="", metavar="DIR", help="folder that the label files must lie in, as in team/T1"
     )
-    parser.add_argument("--ending", help="file ending (default: that of the dataset, or .nii.gz)")
+    parser.add_argument(
+        "--ending",
+        help="file ending (default: that of the dataset; with -i .nii.gz, .png for pictures)",
+    )
     parser.add_argument("--labels", metavar="TABLE", help="with -i: label table as for convert (default: any values)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
@@ -78,6 +81,7 @@ def _of_dataset(args: argparse.Namespace) -> _Wanted:
 def _of_images(args: argparse.Namespace) -> _Wanted:
     from nnunet_sam2.cohort.labels import parse_labels
     from nnunet_sam2.cohort.layouts import find
+    from nnunet_sam2.files.checks import PICTURE_ENDINGS, file_ending
     from nnunet_sam2.volumes import read_geometry
 
     found = find(args.images, "folder", test=True)
@@ -85,4 +89,7 @@ def _of_images(args: argparse.Namespace) -> _Wanted:
     if args.labels:
         table, _ = parse_labels(args.labels)
         allowed = {v for value in table.values() for v in (value if isinstance(value, list) else [value])}
-    return {case.case_id: read_geometry(case.images[0]) for case in found.cases}, ".nii.gz", allowed
+    # As nnU-Net writes them: what it predicts from pictures are pictures.
+    pictures = all(file_ending(case.images[0]) in PICTURE_ENDINGS for case in found.cases)
+    ending = ".png" if pictures else ".nii.gz"
+    return {case.case_id: read_geometry(case.images[0]) for case in found.cases}, ending, allowed
