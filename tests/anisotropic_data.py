@@ -25,7 +25,8 @@ from nnunet_sam2.rounds.nnunet import (
 )
 from nnunet_sam2.storage import write_json
 from nnunet_sam2.trainers.settings import RoundSettings
-from nnunet_sam2.volumes import read_label, voxel_hash, write_image, write_label, write_map
+from nnunet_sam2.volumes import read_label, write_image, write_label, write_map
+from nnunet_sam2.voxel_hashes import voxel_hash
 
 DATASET = "Dataset502_Anisotropic"
 LABELS: dict[str, int | list[int]] = {"background": 0, "large": 1, "small": 2}

@@ -18,9 +18,10 @@ from nnunet_sam2.labelling.registry import STRATEGIES
 from nnunet_sam2.review.take_in import take_in
 from nnunet_sam2.rounds.context import RunContext
 from nnunet_sam2.rounds.decisions.holds import holds_of
-from nnunet_sam2.rounds.labelling_stages import LabellingStages, SupportLabels
+from nnunet_sam2.rounds.labelling_stages import LabellingStages
 from nnunet_sam2.rounds.ledger import Ledger, StageResult
 from nnunet_sam2.rounds.options import RunOptions
+from nnunet_sam2.rounds.support_labels import SupportLabels
 from nnunet_sam2.rounds.training_stages import Student
 from nnunet_sam2.storage import read_json
 from nnunet_sam2.support.library import PROBABILITIES, write_probabilities

@@ -19,7 +19,8 @@ from nnunet_sam2.cohort.integrity import check_unchanged
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.geometry import Geometry
-from nnunet_sam2.volumes import placed_voxel_hash, write_image
+from nnunet_sam2.volumes import write_image
+from nnunet_sam2.voxel_hashes import placed_voxel_hash
 
 
 def _other_compression(image: Path, target: Path) -> None:

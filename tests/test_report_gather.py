@@ -108,7 +108,10 @@ def test_a_labelled_case_is_shown_with_the_label_of_sam_2_that_its_dice_belongs_
 ) -> None:
     folders, folder = run
     shutil.copytree(folder / "sam2", folder / "r03" / "sam2")
-    Ledger(folder).run_stage("r03/sam2", {}, lambda: StageResult(), what="SAM 2 labels anew")
+    ledger = Ledger(folder)
+    again = ledger.run_stage("r03/sam2", {"drawn": 1}, lambda: StageResult(), what="SAM 2 labels anew")
+    info = RunFiles.open(folders, folder).done["r02/fuse"]["info"]
+    ledger.run_stage("r03/fuse", {"supports": again["digest"]}, lambda: StageResult(info=info), what="labels")
     files = RunFiles.open(folders, folder)
     labelled, unlabelled = files.cohort.labelled[0], files.cohort.unlabelled[0]
     for case, place in ((labelled, folder / "r03" / "sam2" / "labelled"), (unlabelled, folder / "sam2" / "unlabelled")):

@@ -22,11 +22,12 @@ from nnunet_sam2.rounds.context import RunContext
 from nnunet_sam2.rounds.decisions.holds import Holds
 from nnunet_sam2.rounds.decisions.labels import TAKEN_OUT
 from nnunet_sam2.rounds.decisions.record import Decision, DecisionFile, accepted_path
-from nnunet_sam2.rounds.labelling_stages import LabellingStages, SupportLabels
+from nnunet_sam2.rounds.labelling_stages import LabellingStages
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, StageResult, read_events
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.pseudo_labels import Fused
 from nnunet_sam2.rounds.state import RunState, run_folder
+from nnunet_sam2.rounds.support_labels import SupportLabels
 from nnunet_sam2.rounds.training_stages import Student
 from nnunet_sam2.storage import file_hash
 from nnunet_sam2.support.library import PROBABILITIES, write_probabilities

@@ -20,11 +20,11 @@ from nnunet_sam2.volumes import (
     read_label,
     read_map,
     read_volume,
-    voxel_hash,
     write_image,
     write_label,
     write_map,
 )
+from nnunet_sam2.voxel_hashes import voxel_hash
 
 SHAPE = (4, 10, 12)
 GEOMETRY = Geometry(

@@ -19,7 +19,8 @@ from nnunet_sam2.files.pictures import picture_fits_png
 from nnunet_sam2.files.repairs import STRICT, ReadPolicy, Repairs
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.progress import say, track
-from nnunet_sam2.volumes import as_float32, placed_voxel_hash, read_label_as, read_stored_as, voxel_hash
+from nnunet_sam2.volumes import as_float32, read_label_as, read_stored_as
+from nnunet_sam2.voxel_hashes import placed_voxel_hash, voxel_hash
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ from nnunet_sam2.rounds.ledger import LEDGER_FILE, artefact, read_events
 from nnunet_sam2.rounds.nnunet import plans_path, read_plans
 from nnunet_sam2.rounds.state import find_runs
 from nnunet_sam2.storage import file_hash
-from nnunet_sam2.volumes import read_label, read_volume, voxel_hash
+from nnunet_sam2.volumes import read_label, read_volume
+from nnunet_sam2.voxel_hashes import voxel_hash
 
 _CONVERT = "restore the file, or convert the source again"
 _SHOWN = 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +14,7 @@ from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.explain.cases import class_names
 from nnunet_sam2.labelling.records import record_path
 from nnunet_sam2.rounds.decisions.holds import CaseHold, holds_from_json
-from nnunet_sam2.rounds.ledger import LEDGER_FILE, REVIEWED, artefact, read_events
+from nnunet_sam2.rounds.ledger import LEDGER_FILE, REVIEWED, read_events
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import RunState, state_of_events
 from nnunet_sam2.storage import read_json
@@ -80,16 +79,19 @@ class RunFiles:
         folds = self.done["setup/plan"]["info"]["folds"]
         return tuple(folds[int(self.options.fold)]["val"]) if int(self.options.fold) < len(folds) else ()
 
-    def sam2_folders(self, case: Case) -> list[Path]:
-        """Return the folders of SAM 2's own labels of a case's kind: the first, then those of rounds, oldest first."""
-        again = sorted({stage.split("/")[0] for stage in self.done if re.fullmatch(r"r\d+/sam2", stage)})
-        kind = "labelled" if case.role is Role.LABELLED else "unlabelled"
-        return [self.folder / place / kind for place in ("sam2", *(f"{name}/sam2" for name in again))]
+    @cached_property
+    def _newest_sam2(self) -> Path:
+        """Return where the SAM 2 labels lie that the newest fused ones were made of: a round's, where people drew."""
+        fused = [e for e in self.events if e["event"] == "started" and e["stage"].endswith(("/fuse", "finish/labels"))]
+        digest = fused[-1]["inputs"].get("supports") if fused else None
+        again = (stage for stage, event in self.done.items() if stage.endswith("/sam2") and event["digest"] == digest)
+        stage = next(again, "setup/sam2")
+        return self.folder / ("sam2" if stage == "setup/sam2" else stage)
 
     def record_file(self, case: Case) -> Path | None:
         """Return the file with the record of SAM 2's newest own label of a case, None where there is none."""
-        paths = [record_path(folder, case.case_id) for folder in self.sam2_folders(case)]
-        return next((path for path in reversed(paths) if path.is_file()), None)
+        path = record_path(self._newest_sam2 / _kind(case), case.case_id)
+        return path if path.is_file() else None
 
     def record(self, case: Case) -> Json | None:
         """Return the record of SAM 2's newest own label of a case, None where there is none."""
@@ -105,7 +107,7 @@ class RunFiles:
         """
         name = f"{case.case_id}{self.cohort.file_ending}"
         # Of a labelled case the newest, to which its measured Dice belongs.
-        first = self.sam2_folders(case)[-1 if case.role is Role.LABELLED else 0]
+        first = (self._newest_sam2 if case.role is Role.LABELLED else self.folder / "sam2") / _kind(case)
         files = {"first": first / name}
         if case.role is Role.LABELLED:
             files["human"] = self.cohort.label_path(case)
@@ -124,11 +126,7 @@ class RunFiles:
     @cached_property
     def hashes(self) -> dict[Path, str]:
         """Return the hash that the ledger has of each file that a stage wrote last."""
-        return {
-            artefact(self.folder, name): sha256
-            for event in self.done.values()
-            for name, sha256 in event["files"].items()
-        }
+        return {self.folder / name: sha256 for event in self.done.values() for name, sha256 in event["files"].items()}
 
     @cached_property
     def class_names(self) -> dict[int, str]:
@@ -140,3 +138,7 @@ class RunFiles:
         """Return what people's word held in the newest labels."""
         events = [event for event in self.events if event["event"] == REVIEWED]
         return holds_from_json(events[-1]["holds"]) if events else {}
+
+
+def _kind(case: Case) -> str:
+    return "labelled" if case.role is Role.LABELLED else "unlabelled"

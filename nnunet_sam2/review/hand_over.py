@@ -14,7 +14,8 @@ from nnunet_sam2.labelling.explain.cases import class_names
 from nnunet_sam2.report.run_files import RunFiles
 from nnunet_sam2.rounds.decisions.record import REVIEW_FOLDER
 from nnunet_sam2.storage import atomic_folder, write_json, write_text
-from nnunet_sam2.volumes import read_label, voxel_hash, write_label
+from nnunet_sam2.volumes import read_label, write_label
+from nnunet_sam2.voxel_hashes import voxel_hash
 
 EXPORT_FOLDER = "export"
 EXPORT_FILE = "export.json"

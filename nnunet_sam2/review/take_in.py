@@ -20,7 +20,8 @@ from nnunet_sam2.files.checks import strip_ending
 from nnunet_sam2.review.hand_over import EXPORT_FILE
 from nnunet_sam2.rounds.lock import acquired
 from nnunet_sam2.storage import TEMPORARY_MARK, file_hash, read_json
-from nnunet_sam2.volumes import read_label, voxel_hash, write_label
+from nnunet_sam2.volumes import read_label, write_label
+from nnunet_sam2.voxel_hashes import voxel_hash
 
 LOCK_FILE = ".nnunet_sam2_import.lock"
 HISTORY_KEY = "added_labels"
