@@ -17,10 +17,12 @@ from nnunet_sam2.rounds import orchestrator
 from nnunet_sam2.rounds.context import RunContext
 from nnunet_sam2.rounds.ending.convergence import class_change, summarise_change
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, StageResult, read_events
+from nnunet_sam2.rounds.lock import OWNER_FILE
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.pseudo_labels import Fused
-from nnunet_sam2.rounds.state import RunState
+from nnunet_sam2.rounds.state import RunState, run_folder
 from nnunet_sam2.rounds.training_stages import Student
+from nnunet_sam2.storage import write_json
 from nnunet_sam2.volumes import read_label, write_label
 
 Labels = Callable[[int], np.ndarray]
@@ -135,6 +137,16 @@ def test_labels_that_settle_have_converged(ended: Callable[..., RunState]) -> No
     state = ended(lambda shape, number: ball(shape, 5.0))
     assert (state.stop_reason, state.best_round) == ("converged", 2)
     assert state.evidence == {}
+
+
+def test_a_run_that_goes_on_after_a_killed_process_says_so(
+    ended: Callable[..., RunState], fresh_dataset: DatasetFolders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = run_folder(fresh_dataset, RunOptions().run_name) / OWNER_FILE
+    write_json(entry, {"pid": 2**22 + 5, "host": "here", "started": 1.0})
+    ended(lambda shape, number: ball(shape, 5.0))
+    assert "process 4194309 on here ended in the middle of this run" in capsys.readouterr().out
+    assert not entry.exists()
 
 
 def test_nothing_converges_in_its_first_round(ended: Callable[..., RunState]) -> None:

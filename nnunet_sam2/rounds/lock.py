@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import psutil
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.progress import say
 from nnunet_sam2.storage import read_json, write_json
 
 LOCK_FILE = "run.lock"
@@ -75,8 +74,10 @@ class Owner:
 
 
 @contextmanager
-def only_run(folder: Path) -> Iterator[None]:
+def only_run(folder: Path) -> Iterator[Owner | None]:
     """Hold the folder's lock during the block; raise `InputError` naming the owner where another process has it.
+
+    Gives the owner that ended in the middle, where there was one.
 
     The operating system frees the lock when its owner dies, so that a killed run never has to be unlocked by hand.
     Where a file system has no such locks, the owner's entry stands in: one of a dead process is passed over, one from
@@ -96,10 +97,8 @@ def only_run(folder: Path) -> Iterator[None]:
         raise InputError(in_use(folder, owner))
     try:
         left = Owner.read(entry)
-        if left is not None:
-            say(f"process {left.pid} on {left.host} ended in the middle of this run; going on from what it finished")
         write_json(entry, vars(Owner.this()))
-        yield
+        yield left
     finally:
         entry.unlink(missing_ok=True)
         lock.release()

@@ -53,7 +53,9 @@ def run_loop(folders: DatasetFolders, options: RunOptions, *, report: Report | N
     check_unchanged(cohort)
     if not (folder / LEDGER_FILE).is_file():
         load_labeller(options, cache_dir=None)
-    with only_run(folder):
+    with only_run(folder) as left:
+        if left is not None:
+            say(f"process {left.pid} on {left.host} ended in the middle of this run; going on from what it finished")
         ledger = Ledger(folder)
         _remember_options(ledger, folder, options)
         _remember_machine(ledger, options)
