@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,6 +126,64 @@ def test_a_runs_folder_tells_what_its_rounds_made_of_the_label(
         assert "34 voxels from sam2 with estimated Dice 0.80, student with estimated Dice 0.90" in text
         assert "changed by 0.125 since the round before" in text
         assert "left out: not trained on, because its label is empty" in text
+
+
+@pytest.mark.parametrize(
+    ("word", "said", "unsaid"),
+    [
+        (
+            {"drawn": [1, 2]},
+            ("labels/round.json): drawn by hand", "34 voxels, drawn by hand; changed by", "12 voxels, drawn by hand"),
+            ("from sam2", "student", "fused", "where in doubt"),
+        ),
+        (
+            {"human_cases": True},  # as records were once
+            ("labels/round.json): drawn by hand", "34 voxels, drawn by hand; changed by", "12 voxels, drawn by hand"),
+            ("from sam2", "student", "fused", "where in doubt"),
+        ),
+        (
+            {"accepted": [1]},
+            ("34 voxels, accepted by a person; changed by", "12 voxels from sam2", "fused to: 0.50", "where in doubt"),
+            ("fused to: 0.85", "drawn by hand"),
+        ),
+        (
+            {"accepted": [2], "drawn": [1]},
+            ("34 voxels, drawn by hand", "12 voxels, accepted by a person", "where in doubt"),
+            ("from sam2", "fused to:"),
+        ),
+    ],
+)
+def test_what_people_drew_or_accepted_is_told_in_place_of_the_sources(
+    cohort: Cohort,
+    labels: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    word: dict[str, Any],
+    said: tuple[str, ...],
+    unsaid: tuple[str, ...],
+) -> None:
+    case_id = cohort.labelled[0].case_id
+    record = read_json(record_path(labels / "insert", case_id))
+    write_json(record_path(tmp_path / "run" / "sam2" / "unlabelled", case_id), record)
+    fused = Fused(
+        folder=tmp_path,
+        used_cases=(case_id,),
+        left_out={},
+        change=Change(by_case={case_id: {1: 0.125}}, mean=0.1, worst_tenth=0.2),
+        quality={"sam2": {1: 0.8, 2: 0.8}, "student": {1: 0.9, 2: 0.9}},
+        voxels={case_id: {1: 34, 2: 12}},
+        confidence={case_id: 0.75},
+        estimates={case_id: {1: 0.85, 2: 0.5}},
+    ).to_json()
+    if "human_cases" in word:
+        del fused["drawn"], fused["accepted"]
+        fused["human_cases"] = [case_id]
+    else:
+        fused |= {key: {case_id: values} for key, values in word.items()}
+    write_json(tmp_path / "run" / "r02" / "labels" / "round.json", fused)
+    told = _explained(capsys, case_id, "-o", str(tmp_path)).split("r02/")[1]
+    assert not [text for text in said if text not in told]
+    assert not [text for text in unsaid if text in told]
 
 
 def test_without_a_folder_all_labels_of_the_dataset_are_explained(

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nnunet_sam2.cohort.cohort import Cohort
+from nnunet_sam2.cohort.cohort import Addition, Cohort
 from nnunet_sam2.labelling.quality.calibration import Calibration
 from nnunet_sam2.labelling.quality.features import Features
 from nnunet_sam2.labelling.quality.trust import Verdict, spread_quality, trusted_confidence
 from nnunet_sam2.rounds.decisions.holds import CaseHold
 from nnunet_sam2.rounds.decisions.record import accepted_path
 from nnunet_sam2.rounds.pseudo_labels import Fused, fuse_cases, mean_dice_by_class
-from nnunet_sam2.storage import file_hash
+from nnunet_sam2.storage import file_hash, read_json
 from nnunet_sam2.support.library import write_probabilities
 from nnunet_sam2.volumes import read_label, read_map, write_label
 
@@ -183,6 +183,29 @@ def test_of_a_case_that_comes_back_by_an_accepted_class_the_others_are_still_nam
     assert fused.used_cases == (bad.case_id, other.case_id)
     assert fused.left_out == {}
     assert fused.distrusted == {bad.case_id: (2,)}
+
+
+def test_the_record_says_which_classes_people_drew_and_which_they_accepted(cohort: Cohort, tmp_path: Path) -> None:
+    sam2 = _source(cohort, tmp_path / "sam2", _boxes(cohort, 0), sure=0.9)
+    first, second = (case.case_id for case in cohort.unlabelled)
+    seen = {name: file_hash(sam2 / f"{name}.nii.gz") for name in (first, second)}
+    for name, label in seen.items():
+        kept = accepted_path(tmp_path, name, label, ".nii.gz")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(sam2 / f"{name}.nii.gz", kept)
+    # A path that is not relative stands for itself.
+    whole = Addition(label=str(sam2 / f"{first}.nii.gz"), sha256=seen[first], time="", source="")
+    part = Addition(label=str(sam2 / f"{second}.nii.gz"), sha256=seen[second], time="", source="", classes=(2,))
+    holds = {
+        first: CaseHold(taken_out=True, human=whole),
+        second: CaseHold(accepted={1: seen[second]}, human=part),
+    }
+    fused = _fuse(cohort, sam2, None, tmp_path / "out", holds=holds, run=tmp_path)
+    assert fused.drawn == {first: (1, 2), second: (2,)}
+    assert fused.accepted == {second: (1,)}
+    assert Fused.from_json(tmp_path / "out", read_json(tmp_path / "out" / "round.json"), digest="") == fused
+    older = {key: value for key, value in fused.to_json().items() if key not in ("drawn", "accepted")}
+    assert Fused.from_json(tmp_path / "out", older, digest="").drawn == {}
 
 
 def test_confidence_is_scaled_alike_on_both_sides_of_a_border(cohort: Cohort, tmp_path: Path) -> None:

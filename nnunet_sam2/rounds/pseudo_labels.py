@@ -55,6 +55,10 @@ class Fused:
     """Classes of used cases whose estimate is below the least: none of their voxels is learnt from."""
     human_cases: tuple[str, ...] = ()
     """Used cases whose whole label a person drew after the dataset was made; the trainer counts them as labelled."""
+    drawn: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Classes that a person drew: every one where the whole label is a person's. The sources have no part in them."""
+    accepted: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Classes that stay as a person accepted them; the sources have no part in them either."""
     digest: str = ""
 
     def files(self, file_ending: str) -> tuple[Path, ...]:
@@ -77,6 +81,8 @@ class Fused:
             "estimates": _text_keys(self.estimates),
             "distrusted": {name: list(values) for name, values in self.distrusted.items()},
             "human_cases": list(self.human_cases),
+            "drawn": {name: list(values) for name, values in self.drawn.items()},
+            "accepted": {name: list(values) for name, values in self.accepted.items()},
         }
 
     @classmethod
@@ -96,6 +102,8 @@ class Fused:
             estimates=_int_keys(value.get("estimates", {})),
             distrusted={name: tuple(values) for name, values in value.get("distrusted", {}).items()},
             human_cases=tuple(value.get("human_cases", ())),
+            drawn={name: tuple(values) for name, values in value.get("drawn", {}).items()},
+            accepted={name: tuple(values) for name, values in value.get("accepted", {}).items()},
             digest=digest,
         )
 
@@ -178,6 +186,8 @@ def fuse_cases(
     left_out: dict[str, str] = {}
     estimates: dict[str, DiceTable] = {}
     distrusted: dict[str, tuple[int, ...]] = {}
+    drawn: dict[str, tuple[int, ...]] = {}
+    accepted: dict[str, tuple[int, ...]] = {}
     for case in track(cohort.unlabelled, what="fusing labels"):
         name = case.case_id
         sources = {SAM2: read_probabilities(sam2 / PROBABILITIES / f"{name}.npz")}
@@ -213,6 +223,10 @@ def fuse_cases(
             label_zyx, trusted_zyx = decided.label_zyx, decided.confidence_zyx
             voxels[name], estimates[name] = _count(label_zyx, values), decided.estimate
             reason, failed = decided.left_out, decided.distrusted
+            if hold.human is not None:
+                drawn[name] = tuple(sorted(hold.human.classes or values))
+            if kept := set(hold.accepted) - set(drawn.get(name, ())):
+                accepted[name] = tuple(sorted(kept))
         if reason:
             left_out[name] = reason
         elif failed:
@@ -243,6 +257,8 @@ def fuse_cases(
         confident=confident,
         estimates=estimates,
         distrusted=distrusted,
+        drawn=drawn,
+        accepted=accepted,
     )
     write_json(out / "round.json", result.to_json())
     return result

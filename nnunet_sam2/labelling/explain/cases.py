@@ -182,7 +182,14 @@ def _named_supports(value: Any) -> Iterator[str]:
 
 
 def _round_text(folder: Path, path: Path, fused: Json, names: Mapping[str, str]) -> str:
-    lines = [f"fused label ({path.relative_to(folder)}): mean confidence {_number(fused['confidence'])} where in doubt"]
+    people = {
+        str(value): said
+        for said, values in (("accepted by a person", fused["accepted"]), ("drawn by hand", fused["drawn"]))
+        for value in values
+    }
+    by_hand = all(people.get(value) == "drawn by hand" for value in names)
+    what = "drawn by hand" if by_hand else f"mean confidence {_number(fused['confidence'])} where in doubt"
+    lines = [f"{'label' if by_hand else 'fused label'} ({path.relative_to(folder)}): {what}"]
     for value, name in names.items():
         sources = [
             f"{source} with estimated Dice {_number(table[value])}"
@@ -191,10 +198,9 @@ def _round_text(folder: Path, path: Path, fused: Json, names: Mapping[str, str])
         ]
         changed = fused["change"].get(value)
         since = "" if changed is None else f"; changed by {changed:.3f} since the round before"
-        lines.append(
-            f"  class {value} ({name}): {fused['voxels'].get(value, 0)} voxels from {', '.join(sources)}{since}"
-        )
-        if value in fused["estimates"]:
+        origin = f", {people[value]}" if value in people else f" from {', '.join(sources)}"
+        lines.append(f"  class {value} ({name}): {fused['voxels'].get(value, 0)} voxels{origin}{since}")
+        if value in fused["estimates"] and value not in people:
             expected = fused["estimates"][value]
             distrusted = ", not learnt from" if int(value) in fused["distrusted"] else ""
             lines.append(f"    estimated Dice of what they were fused to: {_number(expected)}{distrusted}")
@@ -205,6 +211,8 @@ def _round_text(folder: Path, path: Path, fused: Json, names: Mapping[str, str])
 
 def _of_case(fused: Json, case_id: str) -> dict[str, Any]:
     """Return what a round's record says about one case."""
+    # Records were once without the classes that people drew, and named the cases alone.
+    every = fused["voxels"][case_id] if case_id in fused.get("human_cases", []) else ()
     return {
         "voxels": fused["voxels"][case_id],
         "confidence": fused.get("confidence", {}).get(case_id),
@@ -213,6 +221,8 @@ def _of_case(fused: Json, case_id: str) -> dict[str, Any]:
         "left_out": fused.get("left_out", {}).get(case_id),
         "estimates": fused.get("estimates", {}).get(case_id, {}),
         "distrusted": fused.get("distrusted", {}).get(case_id, []),
+        "drawn": fused.get("drawn", {}).get(case_id, [int(value) for value in every]),
+        "accepted": fused.get("accepted", {}).get(case_id, []),
     }
 
 
