@@ -20,12 +20,16 @@ from nnunet_sam2.report import write
 from nnunet_sam2.report.gather import gather
 from nnunet_sam2.report.pictures import unpack
 from nnunet_sam2.report.run_files import RunFiles
+from nnunet_sam2.report.words import Said
 from nnunet_sam2.report.write import REPORT_FILE, pictures_of, try_to_report, write_report
-from nnunet_sam2.rounds.decisions.holds import CaseHold, holds_to_json
+from nnunet_sam2.review.take_in import take_in
+from nnunet_sam2.rounds.decisions.holds import CaseHold, holds_of, holds_to_json
+from nnunet_sam2.rounds.decisions.record import Decision, DecisionFile, decisions_path, read_decisions
 from nnunet_sam2.rounds.ledger import Ledger, StageResult
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import run_folder
 from nnunet_sam2.storage import file_hash
+from nnunet_sam2.volumes import write_label
 
 Stage = Callable[..., None]
 
@@ -181,6 +185,66 @@ def test_the_report_tells_peoples_word_apart_from_estimates(run: tuple[DatasetFo
     (note,) = [note for note in account.provenance.notes if "people's word" in note]
     assert note.endswith(f"from round 3 on people's word on 2 cases holds: accept {first} large_organ")
     assert "accepted: large_organ; rejected: small_organ" in write_report(folders, folder).read_text(encoding="utf-8")
+
+
+def _draw(folders: DatasetFolders, case_id: str, work: Path, *, classes: list[str] | None = None) -> None:
+    geometry = Cohort.load(folders.raw).case(case_id).geometry
+    mine = np.zeros(geometry.shape_zyx, np.uint8)
+    mine[3:8, 8:20, 8:20] = 1
+    mine[4:7, 24:32, 24:32] = 2
+    write_label(work / f"{case_id}.nii.gz", mine, geometry)
+    take_in(folders.raw, [work / f"{case_id}.nii.gz"], classes=classes)
+
+
+def test_what_people_drew_or_decided_is_known_at_once_and_leaves_the_cases_to_look_at_first(
+    run: tuple[DatasetFolders, Path], tmp_path: Path
+) -> None:
+    folders, folder = run
+    first, second = (case.case_id for case in Cohort.load(folders.raw).unlabelled)
+
+    def look_first() -> list[str]:
+        return [case.case_id for case in gather(RunFiles.open(folders, folder)).look_first(5)]
+
+    files = RunFiles.open(folders, folder)
+    shown = files.newest_label(files.cohort.case(first))
+    assert shown is not None
+    assert look_first() == [second, first]
+    with DecisionFile(folder) as decisions:
+        decisions.append(Decision.ACCEPT, case_id=first, classes=(1,), label=shown[1])
+        assert look_first() == [second, first]
+        decisions.append(Decision.REJECT, case_id=first, classes=(2,), label="ab" * 32)  # of an older label
+        assert look_first() == [second, first]
+        decisions.append(Decision.REJECT, case_id=first, classes=(2,), label=shown[1])
+        assert look_first() == [second]
+        decisions.append(Decision.CLEAR, case_id=first, classes=(2,))
+    _draw(folders, second, tmp_path)
+    _draw(folders, first, tmp_path, classes=["small_organ"])
+    account = gather(RunFiles.open(folders, folder))
+    assert account.look_first(5) == []
+    assert [case.said for case in account.unlabelled] == [Said.ACCEPTED, Said.DRAWN]
+    assert account.waiting == 2
+    page = write_report(folders, folder).read_text(encoding="utf-8")
+    assert "1 drawn by hand, 1 accepted, word on 2 waits for the next round" in page
+    assert page.count('<script type="text/plain" id="px') == 5
+    with DecisionFile(folder) as decisions:
+        decisions.append(Decision.TAKE_OUT, case_id=second)
+    files = RunFiles.open(folders, folder)
+    holds = holds_of(files.cohort, read_decisions(decisions_path(folder)), held_out_patients=files.held_out_patients)
+    Ledger(folder).append("review", round=3, holds=holds_to_json(holds), decisions=[], lines=5)
+    assert "1 accepted, 1 taken out</span>" in write_report(folders, folder).read_text(encoding="utf-8")
+
+
+def test_a_human_label_of_a_patient_who_is_validated_on_settles_nothing(
+    run: tuple[DatasetFolders, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders, folder = run
+    second = Cohort.load(folders.raw).unlabelled[1]
+    _draw(folders, second.case_id, tmp_path)
+    assert second.case_id not in [case.case_id for case in gather(RunFiles.open(folders, folder)).look_first(5)]
+    monkeypatch.setattr(RunFiles, "held_out_patients", frozenset({second.patient}))
+    account = gather(RunFiles.open(folders, folder))
+    assert account.look_first(5)[0].case_id == second.case_id
+    assert account.unlabelled[1].said is None
 
 
 def test_a_run_that_has_only_begun_has_a_report(fresh_dataset: DatasetFolders) -> None:

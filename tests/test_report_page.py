@@ -7,6 +7,7 @@ import hashlib
 import html
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 
@@ -23,6 +24,7 @@ from nnunet_sam2.report.page import Pictures, duration, render
 from nnunet_sam2.report.pictures import CasePictures, encode, unpack
 from nnunet_sam2.report.verdict import Level, judge_run
 from nnunet_sam2.report.view import choose_view, upright
+from nnunet_sam2.report.words import Said
 from nnunet_sam2.report.write import LIMIT_BYTES, block_budget
 
 GOOD = (make_case("case_a", 0.9, 0.8), make_case("case_b", 0.85, 0.75))
@@ -96,6 +98,44 @@ def test_volumes_that_drift_are_pointed_out_with_the_human_ones() -> None:
 def test_cases_to_look_at_first_are_those_left_out_and_then_the_lowest_estimates() -> None:
     account = make_account((*GOOD, make_case("case_c", 0.99, 0.95, left_out="empty"), make_case("case_d", 0.9, 0.2)))
     assert [case.case_id for case in account.look_first(3)] == ["case_c", "case_d", "case_b"]
+
+
+def test_cases_that_people_have_decided_about_are_not_to_be_looked_at_but_have_their_pictures() -> None:
+    settled = {"said": Said.ACCEPTED}
+    low = make_case("accepted", 0.1, 0.1, **settled)
+    accepted = replace(low, classes=tuple(replace(q, settled=True) for q in low.classes))
+    first_class = replace(low, case_id="in_part", said=Said.PARTLY, classes=(accepted.classes[0], low.classes[1]))
+    absent = replace(low, case_id="absent", classes=(accepted.classes[0], replace(low.classes[1], voxels=0)))
+    out = make_case("out", 0.1, 0.1, said=Said.TAKEN_OUT, left_out="a person took it out")
+    cases = (*GOOD, accepted, first_class, absent, out, make_case("empty", None, None, left_out="empty"))
+    account = make_account(cases)
+    assert [case.case_id for case in account.look_first(9)] == ["empty", "in_part", "case_b", "case_a"]
+    assert {case.case_id for case in account.by_urgency()[4:]} == {"accepted", "absent", "out"}
+
+
+def test_the_reason_to_look_at_a_case_is_of_a_class_that_nobody_has_settled() -> None:
+    case = make_case("case_c", 0.1, 0.4, said=Said.PARTLY)
+    case = replace(case, classes=(replace(case.classes[0], settled=True), case.classes[1]))
+    assert case.worst == case.classes[1]
+    assert "small_organ: estimated Dice 0.40" in render(make_account((case,)), Pictures())
+
+
+def test_the_head_says_how_many_cases_people_drew_accepted_and_took_out() -> None:
+    said = [Said.TAKEN_OUT, Said.ACCEPTED, Said.DRAWN, Said.PARTLY, Said.ACCEPTED]
+    cases = tuple(make_case(f"case_{n}", 0.9, 0.9, said=one) for n, one in enumerate(said))
+    page = html.unescape(render(make_account((*GOOD, *cases), waiting=2), Pictures()))
+    head = page[page.index('<dl class="tiles">') :].split("</dl>")[0]
+    assert "Cases with people" in head
+    assert "5 of 7" in head
+    told = "1 drawn by hand, 2 accepted, 1 accepted in part, 1 taken out, word on 2 waits for the next round"
+    assert told in head
+    assert "Cases with people" not in render(make_account(GOOD), Pictures())
+
+
+def test_where_people_have_decided_about_every_case_it_is_not_said_that_none_has_been_labelled() -> None:
+    page = render(make_account((make_case("out", 0.1, 0.1, said=Said.TAKEN_OUT),)), Pictures())
+    assert "People have decided about every case." in page
+    assert "No case has been labelled yet" not in page
 
 
 class _Seen(HTMLParser):

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from nnunet_sam2.cohort.cohort import Role
+from nnunet_sam2.report.words import Said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class ClassQuality:
     """Whether every labelled case shows the class."""
     distrusted: bool = False
     """Whether its voxels are not learnt from, because the estimate is too low."""
+    settled: bool = False
+    """Whether a person drew it, accepted it, or rejected it as it is now."""
 
     @property
     def dice(self) -> float | None:
@@ -55,17 +58,31 @@ class CaseAccount:
     """Share of these voxels that count at least half as much as a human label's."""
     word: str = ""
     """What people said of it, as far as the newest labels know."""
+    said: Said | None = None
+    """What people's word makes of it by now; None where nobody said anything."""
 
     @property
     def worst(self) -> ClassQuality | None:
-        """Return the class with the lowest Dice, None where no class has one."""
-        known = [q for q in self.classes if q.dice is not None]
+        """Return the class with the lowest Dice of those that nobody has settled, None where none of them has one."""
+        known = [q for q in self.classes if q.dice is not None and not q.settled]
         return min(known, key=lambda q: q.dice or 0.0) if known else None
 
     @property
     def missing(self) -> tuple[int, ...]:
         """Return the classes that every labelled case shows and this one's label lacks."""
         return tuple(q.value for q in self.classes if q.expected and not q.voxels)
+
+    @property
+    def shown(self) -> tuple[int, ...]:
+        """Return the classes that there is something to say of: the label shows, has lost or misses them."""
+        return tuple(q.value for q in self.classes if q.voxels or q.change or q.value in self.missing)
+
+    @property
+    def decided(self) -> bool:
+        """Return whether people have left nothing to look at: the case is taken out, or its every class settled."""
+        if self.said in (None, Said.TAKEN_OUT):
+            return self.said is not None
+        return all(q.settled for q in self.classes if q.value in self.shown)
 
     def urgency(self) -> tuple[int, float, float, str]:
         """Return a key that sorts first what a person should look at first."""
@@ -164,6 +181,8 @@ class RunAccount:
     started: datetime | None = None
     ended: datetime | None = None
     test_cases: int = 0
+    waiting: int = 0
+    """Cases on which people's word waits for the next round."""
     provenance: Provenance = field(default_factory=Provenance)
 
     @property
@@ -200,5 +219,9 @@ class RunAccount:
         return sum(cost.seconds for cost in self.costs)
 
     def look_first(self, count: int) -> list[CaseAccount]:
-        """Return the unlabelled cases that a person should look at first."""
-        return sorted(self.unlabelled, key=CaseAccount.urgency)[:count]
+        """Return the unlabelled cases that a person should look at first, without those that people decided about."""
+        return [case for case in self.by_urgency() if not case.decided][:count]
+
+    def by_urgency(self) -> list[CaseAccount]:
+        """Return the unlabelled cases in the order in which to look at them, what people decided about last."""
+        return sorted(self.unlabelled, key=lambda case: (case.decided, *case.urgency()))

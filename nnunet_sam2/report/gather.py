@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def gather(files: RunFiles) -> RunAccount:
         started=_time(files.events[0]),
         ended=_time(files.events[-1]),
         test_cases=len(cohort.test),
+        waiting=files.waiting,
         provenance=_provenance(files, records),
     )
 
@@ -154,6 +156,8 @@ def _cases(files: RunFiles, records: Mapping[str, Json]) -> Iterator[CaseAccount
         estimates = newest.get("estimates", {}).get(name, {})
         quality = record.get("quality") or {}
         rejected = files.holds[name].rejected if name in files.holds else ()
+        word = files.words.get(name)
+        label = files.newest_label(case) if word else None
         classes = []
         for value in files.cohort.class_values:
             key = str(value)
@@ -170,9 +174,10 @@ def _cases(files: RunFiles, records: Mapping[str, Json]) -> Iterator[CaseAccount
                     voxels=voxels.get(key, 0),
                     expected=((quality.get("features") or {}).get(key) or {}).get("shown_in") == 1.0,
                     distrusted=value in newest.get("distrusted", {}).get(name, []) and value not in rejected,
+                    settled=word is not None and word.settles(value, label and label[1]),
                 )
             )
-        yield CaseAccount(
+        account = CaseAccount(
             case_id=name,
             role=case.role,
             classes=tuple(classes),
@@ -182,6 +187,7 @@ def _cases(files: RunFiles, records: Mapping[str, Json]) -> Iterator[CaseAccount
             confident=newest.get("confident", {}).get(name),
             word=_word(files, name),
         )
+        yield replace(account, said=word.said(account.shown) if word else None)
 
 
 def _student_dice(files: RunFiles) -> dict[str, dict[str, float | None]]:

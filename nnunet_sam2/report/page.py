@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,6 +20,7 @@ from nnunet_sam2.report.account import CaseAccount, RunAccount
 from nnunet_sam2.report.charts import bar
 from nnunet_sam2.report.curves import curves
 from nnunet_sam2.report.verdict import judge_run
+from nnunet_sam2.report.words import Said
 
 _SCRIPTS = ("payload.js", "drawing.js", "surface.js", "table.js", "viewer.js", "main.js")
 """In this order: later ones use earlier ones."""
@@ -63,11 +65,12 @@ def render(account: RunAccount, pictures: Pictures, review: ReviewPage | None = 
         verdict=judge_run(account),
         policy=_policy(style=style, scripts=(script, three), connects=review is not None),
         review=review,
-        tiles=_tiles(account),
+        tiles=[*_tiles(account), *([] if review else _said(account))],
         charts=curves(account),
         costs=_costs(account),
         cost_bar=_cost_bar(account),
         look_first=_look_first(account, review),
+        nothing_left=bool(review.data.get("cases") if review else account.unlabelled),
         order=order,
         pictures=pictures,
         data=_data(account, pictures) | ({"review": review.data} if review else {}),
@@ -231,6 +234,17 @@ def _tiles(account: RunAccount) -> list[tuple[str, str, str]]:
         tiles.append(("Best model", what, f"of {rounds} round{'s' * (rounds != 1)}, {best.configuration}"))
     tiles.append(("Time", duration(account.seconds), _span(account)))
     return tiles
+
+
+def _said(account: RunAccount) -> list[tuple[str, str, str]]:
+    """Return how many cases people drew, accepted or took out by now; a review counts on its own."""
+    counts = Counter(case.said for case in account.unlabelled if case.said)
+    parts = [f"{counts[said]} {said.value}" for said in Said if counts[said]]
+    if account.waiting:
+        parts.append(f"word on {account.waiting} waits for the next round")
+    if not parts:
+        return []
+    return [("Cases with people’s word", f"{counts.total()} of {len(account.unlabelled)}", ", ".join(parts))]
 
 
 def _span(account: RunAccount) -> str:

@@ -13,7 +13,9 @@ from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.explain.cases import class_names
 from nnunet_sam2.labelling.records import record_path
-from nnunet_sam2.rounds.decisions.holds import CaseHold, holds_from_json
+from nnunet_sam2.report.words import CaseWord, words_of
+from nnunet_sam2.rounds.decisions.holds import CaseHold, holds_from_json, holds_of
+from nnunet_sam2.rounds.decisions.record import Line, decisions_path, read_decisions
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, REVIEWED, read_events
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import RunState, state_of_events
@@ -128,6 +130,12 @@ class RunFiles:
         """Return the hash that the ledger has of each file that a stage wrote last."""
         return {self.folder / name: sha256 for event in self.done.values() for name, sha256 in event["files"].items()}
 
+    def newest_label(self, case: Case) -> tuple[Path, str] | None:
+        """Return the newest label file of a case and its hash; None where the ledger has none of it."""
+        shown = self.label_files(case)
+        path = shown.get("last", shown.get("first"))
+        return None if path is None or path not in self.hashes else (path, self.hashes[path])
+
     @cached_property
     def class_names(self) -> dict[int, str]:
         """Return the names of the classes, by value."""
@@ -138,6 +146,26 @@ class RunFiles:
         """Return what people's word held in the newest labels."""
         events = [event for event in self.events if event["event"] == REVIEWED]
         return holds_from_json(events[-1]["holds"]) if events else {}
+
+    @cached_property
+    def words(self) -> dict[str, CaseWord]:
+        """Return what people have said by now of each case that the run labels; the newest labels may not know it."""
+        return words_of(self.cohort, self._decisions, held_out_patients=self.held_out_patients)
+
+    @property
+    def waiting(self) -> int:
+        """Return on how many cases people's word waits for the next round."""
+        now = holds_of(self.cohort, self._decisions, held_out_patients=self.held_out_patients)
+        return sum(now.get(name) != self.holds.get(name) for name in now.keys() | self.holds.keys())
+
+    @cached_property
+    def held_out_patients(self) -> frozenset[str]:
+        """Return the patients who are validated on: human labels of theirs that came later are not taken."""
+        return frozenset(self.cohort.case(name).patient for name in self.validation_ids)
+
+    @cached_property
+    def _decisions(self) -> list[Line]:
+        return read_decisions(decisions_path(self.folder))
 
 
 def _kind(case: Case) -> str:

@@ -95,7 +95,7 @@ def _wanted(account: RunAccount, most: int | None) -> list[CaseAccount]:
     """Choose the cases that get pictures: those to look at first, and as many labelled ones at most."""
     fitting = max(1, int((LIMIT_BYTES - _SPARE_BYTES - _ROW_BYTES * len(account.cases)) * 0.75 / _LEAST_BLOCK))
     count = min(fitting, len(account.cases) if most is None else most)
-    first = account.look_first(count)
+    first = account.by_urgency()[:count]
     labelled = [case for case in account.cases if case.case_id not in {c.case_id for c in account.unlabelled}]
     room = fitting - len(first)
     return [*first, *labelled[: room if most is None else min(most, room)]]
