@@ -123,6 +123,32 @@ def test_a_rejected_class_that_was_drawn_by_hand_since_is_settled(client: Client
     assert set(case["open"]) == {"2"}
 
 
+@pytest.mark.parametrize(("classes", "drawn"), [(["large_organ"], [1]), (None, [1, 2])])
+def test_a_class_that_was_drawn_by_hand_is_neither_accepted_nor_rejected_but_its_case_may_be_taken_out(
+    client: Client, run: Run, tmp_path: Path, classes: list[str] | None, drawn: list[int]
+) -> None:
+    geometry = Cohort.load(run[0].raw).case("subject_003").geometry
+    mine = np.zeros(geometry.shape_zyx, np.uint8)
+    mine[3:8, 8:20, 8:20] = 1
+    write_label(tmp_path / "subject_003.nii.gz", mine, geometry)
+    take_in(run[0].raw, [tmp_path / "subject_003.nii.gz"], classes=classes)
+    for decision in ("accept", "reject"):
+        for wanted in ([1], [1, 2]):
+            status, answer = client.decide("subject_003", decision, *wanted)
+            assert status == 409
+            assert answer["error"].startswith("a person drew large_organ")
+            assert f"nothing to {decision}" in answer["error"]
+            assert len(answer["error"].splitlines()) == 1
+    assert _lines(client.run) == 0
+    assert not (client.run / "review" / "accepted").exists()
+    assert client.state()["cases"]["subject_003"]["drawn"] == drawn
+    assert client.decide("subject_003", "take out")[0] == 200
+    assert client.decide("subject_003", "clear", 1, 2)[0] == 200
+    status, state = client.decide("subject_003", "clear")
+    assert (status, state["cases"]["subject_003"]["taken_out"]) == (200, False)
+    assert client.decide("subject_003", "accept", 2)[0] == (200 if drawn == [1] else 409)
+
+
 def test_two_tabs_see_each_others_decisions_and_an_old_one_cannot_decide_about_a_changed_label(client: Client) -> None:
     other = Client(f"http://{client.host}{client.base}", client.run)
     client.decide("subject_003", "accept", 1)

@@ -16,10 +16,11 @@ from nnunet_sam2.report.account import RunAccount
 from nnunet_sam2.report.gather import gather
 from nnunet_sam2.report.page import Pictures, ReviewPage, render
 from nnunet_sam2.report.run_files import RunFiles
+from nnunet_sam2.report.words import CaseWord, words_of
 from nnunet_sam2.report.write import pictures_of
 from nnunet_sam2.review.order import Rank, Signs, in_order, rank_case
 from nnunet_sam2.review.signs import signs_of_run
-from nnunet_sam2.rounds.decisions.record import CaseDecisions, Decision, DecisionFile, accepted_path, standing
+from nnunet_sam2.rounds.decisions.record import Decision, DecisionFile, accepted_path
 from nnunet_sam2.rounds.ledger import LEDGER_FILE
 from nnunet_sam2.storage import atomic_path, file_hash
 
@@ -81,8 +82,8 @@ class ReviewSession:
     def decide(self, *, case_id: str, decision: str, classes: Sequence[int], label: str) -> dict[str, Any]:
         """Enter a decision about the label with the hash ``label`` and return the new state.
 
-        Raises `InputError` for a case, class or decision that there is not, and where the label is no longer the one
-        that was shown.
+        Raises `InputError` for a case, class or decision that there is not, for a class that a person drew by hand,
+        and where the label is no longer the one that was shown.
         """
         with self._lock:
             try:
@@ -101,6 +102,8 @@ class ReviewSession:
             path, known = self._seen.labels[case_id]
             if label != known:
                 raise InputError(f"case {case_id} has another label than the one that you saw; load the page again")
+            if kind in (Decision.ACCEPT, Decision.REJECT):
+                self._refuse_drawn(case_id, kind, classes)
             if kind is Decision.ACCEPT:
                 self._keep(case_id, path, known)
             self._decisions.append(kind, case_id=case_id, classes=sorted(set(classes)), label=known)
@@ -142,26 +145,34 @@ class ReviewSession:
             labels=labels,
         )
 
+    def _words(self) -> dict[str, CaseWord]:
+        """Return what people have said of each case; human labels may have come since the page was loaded."""
+        held_out = self._seen.files.held_out_patients
+        return words_of(Cohort.load(self.folders.raw), self._decisions.lines, held_out_patients=held_out)
+
+    def _refuse_drawn(self, case_id: str, kind: Decision, classes: Sequence[int]) -> None:
+        """Refuse to decide about classes that a person drew: the human label is the last word on them."""
+        word = self._words().get(case_id, CaseWord())
+        names = self._seen.files.class_names
+        drawn = ", ".join(names.get(value, str(value)) for value in sorted(word.drawn & set(classes)))
+        if drawn:
+            raise InputError(
+                f"a person drew {drawn} of case {case_id} by hand, so there is nothing to {kind.value}; import another "
+                "label with nnunet_sam2 review --import --replace, or take the case out"
+            )
+
     def _cases(self) -> dict[str, dict[str, Any]]:
         """Say of every case that has a label what stands, what is open, and what looking at that is worth."""
-        decided = standing(self._decisions.lines)
-        cohort = Cohort.load(self.folders.raw)
-        held_out = {cohort.case(name).patient for name in self._seen.files.validation_ids}
+        words = self._words()
         found = {}
         for name, (_, label) in self._seen.labels.items():
-            case = cohort.case(name)
-            human = case.added if case.patient not in held_out else None
-            drawn = set(human.classes or cohort.class_values) if human else set()
-            decisions = decided.get(name, CaseDecisions()).without(drawn)
+            word = words.get(name, CaseWord())
             signs = {}
-            if not decisions.taken_out:
+            if not word.decisions.taken_out:
                 for value, own in self._seen.signs.get(name, {}).items():
-                    rejected = decisions.rejected.get(value)
-                    if rejected not in (None, label):
-                        signs[value] = Signs(again=True)
-                    elif rejected is None and value not in decisions.accepted and value not in drawn:
-                        signs[value] = own
-            found[name] = (rank_case(signs, self._seen.account.class_names), decisions, label, drawn)
+                    if not word.settles(value, label):
+                        signs[value] = Signs(again=True) if word.again(value, label) else own
+            found[name] = (rank_case(signs, self._seen.account.class_names), word, label)
         ranks = {name: rank for name, (rank, *_) in found.items()}
         return {name: _case(*found[name]) for name in in_order(ranks)}
 
@@ -182,16 +193,12 @@ class ReviewSession:
 
 def _labels(files: RunFiles) -> dict[str, tuple[Path, str]]:
     """Find the newest label file of each case that the run labels, and its hash."""
-    labels = {}
-    for case in files.cohort.unlabelled:
-        shown = files.label_files(case)
-        path = shown.get("last", shown.get("first"))
-        if path is not None and path in files.hashes:
-            labels[case.case_id] = (path, files.hashes[path])
-    return labels
+    found = {case.case_id: files.newest_label(case) for case in files.cohort.unlabelled}
+    return {name: label for name, label in found.items() if label is not None}
 
 
-def _case(rank: Rank, decisions: CaseDecisions, label: str, drawn: set[int]) -> dict[str, Any]:
+def _case(rank: Rank, word: CaseWord, label: str) -> dict[str, Any]:
+    decisions = word.decisions
     return {
         "label": label,
         "worth": round(rank.value, 4),
@@ -200,8 +207,8 @@ def _case(rank: Rank, decisions: CaseDecisions, label: str, drawn: set[int]) -> 
         "taken_out": decisions.taken_out,
         "accepted": list(decisions.accepted),
         "rejected": list(decisions.rejected),
-        "again": [value for value, seen in decisions.rejected.items() if seen != label],
-        "drawn": sorted(drawn),
+        "again": [value for value in decisions.rejected if word.again(value, label)],
+        "drawn": sorted(word.drawn),
     }
 
 
