@@ -11,6 +11,7 @@ from nnunet_sam2.rounds.ending.convergence import (
     StopReason,
     best_round,
     class_change,
+    kept_round,
     stop_reason,
     summarise_change,
 )
@@ -80,6 +81,16 @@ def test_a_first_round_worse_than_the_baseline_stops_and_the_baseline_is_kept() 
 def test_the_best_round_has_the_highest_validation_dice_and_the_later_of_equals_wins() -> None:
     rounds = [_outcome(0, dice=0.7), _outcome(1, dice=0.9), _outcome(2, dice=0.9), _outcome(3, dice=0.85)]
     assert best_round(rounds) == 2
+
+
+def test_where_people_had_their_word_the_best_round_that_knows_it_is_kept_unless_it_is_much_worse() -> None:
+    rounds = [_outcome(0, dice=0.70), _outcome(1, dice=0.80), _outcome(2, dice=0.79), _outcome(3, dice=0.785)]
+    assert kept_round(rounds, since=0, drop=0.02) == 1
+    assert kept_round(rounds, since=2, drop=0.02) == 2
+    assert kept_round(rounds, since=2, drop=0.005) == 1
+    assert kept_round(rounds, since=4, drop=0.02) == 1
+    unknown = [_outcome(n) for n in range(3)]
+    assert kept_round(unknown, since=1, drop=0.02) == 2
 
 
 def test_without_validation_the_last_round_is_kept() -> None:

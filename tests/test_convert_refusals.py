@@ -336,6 +336,15 @@ def test_a_taken_id_or_name_is_refused(source: Path, fresh_roots: Path, capsys: 
     _refused(capsys, source, "--overwrite", words=("nnUNet_preprocessed/Dataset007_T", "remove it first"))
 
 
+def test_a_dataset_that_has_taken_in_human_labels_is_not_overwritten(
+    source: Path, fresh_roots: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(source), "-d", "7", "-n", "T"]) == 0
+    write_label(fresh_roots / "case2.nii.gz", (random_image(5)[0] % 3).astype(np.uint8), GRID)
+    assert main(["review", "-d", "7", "--import", str(fresh_roots / "case2.nii.gz")]) == 0
+    _refused(capsys, source, "--overwrite", words=("holds human labels", "labelsAdded", "case2-", "would be lost"))
+
+
 def test_a_dataset_of_other_making_is_not_overwritten(
     source: Path, fresh_roots: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from nnunet_sam2.cohort.cohort import ADDED_LABELS, Cohort, Role
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.geometry import ORIGIN_TOLERANCE_MM, Geometry
+from nnunet_sam2.report.run_files import RunFiles
 from nnunet_sam2.review.hand_over import hand_over, itksnap_labels, slicer_colours
 from nnunet_sam2.review.take_in import HISTORY_KEY, find_case, take_in
 from nnunet_sam2.storage import TEMPORARY_MARK, file_hash
@@ -54,6 +55,42 @@ def test_a_corrected_label_makes_the_case_a_labelled_one_and_is_never_changed_ag
     assert (entry["case"], entry["from"], entry["to"], entry["source"]) == (NAME, "unlabelled", "labelled", path.name)
     assert {p: file_hash(p) for p in before} == before
     assert not list(raw.rglob(f"{TEMPORARY_MARK}*"))
+
+
+def test_a_label_that_another_case_has_voxel_for_voxel_is_refused(drawn: tuple[Path, Path], tmp_path: Path) -> None:
+    raw, path = drawn
+    cohort = Cohort.load(raw)
+    of, other = cohort.labelled[0], cohort.unlabelled[1]
+    twin = tmp_path / f"{other.case_id}.nii.gz"
+    write_label(twin, read_label(cohort.label_path(of))[0], other.geometry)
+    with pytest.raises(InputError, match=f"case {other.case_id} would get the label of case {of.case_id}, voxel for"):
+        take_in(raw, [twin])
+    write_label(twin, read_label(path)[0], other.geometry)
+    with pytest.raises(InputError, match=f"would get the label of case {NAME}, voxel for voxel"):
+        take_in(raw, [path, twin])
+    assert Cohort.load(raw) == cohort
+
+
+def test_the_command_says_how_far_a_label_agrees_with_the_runs_and_what_goes_on_with_the_run(
+    run: tuple[DatasetFolders, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders, folder = run
+    first, second = RunFiles.open(folders, folder).cohort.unlabelled
+    machine = read_label(folder / "r02" / "labels" / f"{first.case_id}.nii.gz")[0]
+    machine[0, 0, 0] = 1
+    write_label(tmp_path / f"{first.case_id}.nii.gz", machine, first.geometry)
+    other = np.zeros(second.geometry.shape_zyx, np.uint8)
+    other[:, :2, :2] = 1
+    write_label(tmp_path / f"{second.case_id}.nii.gz", other, second.geometry)
+    files = [str(tmp_path / f"{case.case_id}.nii.gz") for case in (first, second)]
+    assert main(["review", "-d", "501", "--import", *files]) == 0
+    told = capsys.readouterr().out.splitlines()
+    agrees = [line for line in told if "Dice with the label that the run had drawn" in line]
+    assert [line.split(":")[0] for line in agrees] == [first.case_id, second.case_id]
+    assert [line.split(":")[0] for line in told if "if the file is another case's" in line] == [second.case_id]
+    assert told[-1].endswith("nnunet_sam2 run -d 501 -c 3d_fullres -f 0 --profile gpu")
+    assert main(["status", "-d", "501"]) == 0
+    assert "people's word on 2 cases waits" in capsys.readouterr().out
 
 
 def test_a_second_label_needs_replace_and_the_first_one_stays_on_disk(drawn: tuple[Path, Path]) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nnunet_sam2.cli.main import main
+from nnunet_sam2.cli.run import add_arguments, options_of
 from nnunet_sam2.cohort.cohort import Case, Cohort, Role
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.rounds.ledger import Ledger
@@ -113,6 +117,24 @@ def test_a_value_that_would_fail_rounds_later_is_refused_at_once_by_the_options_
     assert main([*RUN, option, value]) == 2
     assert refusal in capsys.readouterr().err
     assert not fresh_dataset.preprocessed.exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"profile": "cpu", "fold": "all", "branch": "two", "round_limit": 3, "final_epochs": 0, "skip_baseline": True},
+        {"strategy": "transfer", "strategy_options": {"a": "1", "b": "x y"}, "image_size": 256, "mean_change": 0.005},
+        {"num_epochs": 3, "num_iterations_per_epoch": 7, "sam2": "some where.pt", "seed": 4, "supports": "all"},
+    ],
+)
+def test_the_command_that_is_told_has_the_runs_own_options(given: dict[str, Any]) -> None:
+    options = RunOptions(**given)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    program, command, *arguments = shlex.split(options.command(7))
+    assert (program, command, arguments[:2]) == ("nnunet_sam2", "run", ["-d", "7"])
+    assert options_of(parser.parse_args(arguments)).identity() == options.identity()
 
 
 def test_another_sam2_under_the_same_name_is_refused_when_a_run_is_continued(

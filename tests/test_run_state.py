@@ -72,8 +72,8 @@ def test_status_says_how_much_a_round_does_not_learn_from(folders: DatasetFolder
     fused = {"round": 1, "change": None, "left_out": {"a": "why"}, "distrusted": {"b": [1, 2], "c": [2]}}
     ledger.run_stage("r01/fuse", {}, lambda: StageResult(info=fused), what="fuse")
     state = read_state(folders)
-    assert (state.rounds[0].left_out, state.rounds[0].distrusted) == (1, 3)
-    assert "round 1: cases left out: 1, classes of other cases not learnt from: 3" in rounds_table(state)
+    assert (state.rounds[0].left_out, state.rounds[0].distrusted) == (("a",), 3)
+    assert "round 1: cases left out: 1 (a), classes of other cases not learnt from: 3" in rounds_table(state)
 
 
 def test_a_round_that_was_not_trained_is_refused_with_those_that_were(folders: DatasetFolders) -> None:

@@ -83,18 +83,31 @@ def _hand_over(args: argparse.Namespace, folders: DatasetFolders) -> None:
 
 
 def _take_in(args: argparse.Namespace, folders: DatasetFolders) -> None:
+    from nnunet_sam2.cohort.cohort import Cohort
     from nnunet_sam2.progress import say
-    from nnunet_sam2.review.take_in import take_in
+    from nnunet_sam2.review.agreement import LITTLE, agreement
+    from nnunet_sam2.review.take_in import class_values_of, take_in
+    from nnunet_sam2.rounds.options import RunOptions
+    from nnunet_sam2.rounds.state import find_runs, read_state
 
     classes = None if args.classes is None else [part.strip() for part in args.classes.split(",") if part.strip()]
     taken = take_in(
         folders.raw, args.files, case_id=args.case, classes=classes, replace=args.replace, allow_empty=args.allow_empty
     )
+    runs = find_runs(folders)[-1:]
+    values = None if classes is None else class_values_of(Cohort.load(folders.raw), classes)
     for case_id, label in taken:
-        say(f"{case_id}: human label {label}")
-    say(
-        "it is learnt from the next round on: the nnunet_sam2 run command that began the run, with its options, goes on"
-    )
+        part = "" if classes is None else f" of {', '.join(classes)}"
+        say(f"{case_id}: human label{part} {label}")
+        dice = agreement(folders, runs[0], case_id, label, classes=values) if runs else {}
+        if dice:
+            told = ", ".join(f"{name} {value:.2f}" for name, value in dice.items())
+            say(f"{case_id}: Dice with the label that the run had drawn: {told}")
+            if sum(dice.values()) / len(dice) < LITTLE:
+                say(f"{case_id}: that is little; if the file is another case's, give the right one with --replace")
+    for path in runs:
+        command = RunOptions.from_json(read_state(folders, path.name).options, where=path).command(folders.dataset_id)
+        say(f"learnt from the next round on; what goes on with run {path.name}: {command}")
 
 
 def _count(text: str) -> int:

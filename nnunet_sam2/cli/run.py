@@ -144,9 +144,36 @@ def run(args: argparse.Namespace) -> int:
     if (args.json or args.again) and not args.dry_run:
         raise InputError("--json and --again go with --dry-run")
     folders = find_dataset(args.dataset)
+    options = options_of(args)
+    if args.dry_run:
+        from nnunet_sam2.cli.dry_run import show_estimate
+        from nnunet_sam2.rounds.estimate import estimate_run
+
+        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+            estimate = estimate_run(folders, options, again=args.again)
+        return show_estimate(estimate, as_json=args.json)
+    folder = run_folder(folders, options.run_name)
+
+    def report(finished: bool) -> None:
+        try_to_report(folders, folder, most_pictures=None if finished else PICTURES_BETWEEN_ROUNDS)
+
+    state = run_loop(folders, options, report=report)
+    say(rounds_table(state))
+    say(f"stopped: {state.stop_reason}; best round: {state.best_round} ({state.configuration_of()})")
+    if state.evidence.get("text"):
+        say(f"evidence: {state.evidence['text']}")
+    say(f"labels, confidence and the ledger: {state.folder}")
+    if (state.folder / REPORT_FILE).is_file():
+        say(f"report, to open in a browser: {state.folder / REPORT_FILE}")
+    say(f"segment new images with: nnunet_sam2 predict -d {folders.dataset_id} -i IMAGES -o OUT")
+    return 0
+
+
+def options_of(args: argparse.Namespace) -> RunOptions:
+    """Return the options of parsed arguments, device and profile as this machine has them."""
     device = args.device if args.device != "auto" else _best_device()
     profile = args.profile if args.profile != "auto" else ("gpu" if device == "cuda" else "cpu")
-    options = RunOptions(
+    return RunOptions(
         configuration=args.configuration,
         fold=args.fold,
         branch=args.branch,
@@ -174,28 +201,6 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
         hang_minutes=args.hang_minutes,
     )
-    if args.dry_run:
-        from nnunet_sam2.cli.dry_run import show_estimate
-        from nnunet_sam2.rounds.estimate import estimate_run
-
-        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-            estimate = estimate_run(folders, options, again=args.again)
-        return show_estimate(estimate, as_json=args.json)
-    folder = run_folder(folders, options.run_name)
-
-    def report(finished: bool) -> None:
-        try_to_report(folders, folder, most_pictures=None if finished else PICTURES_BETWEEN_ROUNDS)
-
-    state = run_loop(folders, options, report=report)
-    say(rounds_table(state))
-    say(f"stopped: {state.stop_reason}; best round: {state.best_round} ({state.configuration_of()})")
-    if state.evidence.get("text"):
-        say(f"evidence: {state.evidence['text']}")
-    say(f"labels, confidence and the ledger: {state.folder}")
-    if (state.folder / REPORT_FILE).is_file():
-        say(f"report, to open in a browser: {state.folder / REPORT_FILE}")
-    say(f"segment new images with: nnunet_sam2 predict -d {folders.dataset_id} -i IMAGES -o OUT")
-    return 0
 
 
 def _best_device() -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 
+from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.folders import find_dataset
-from nnunet_sam2.rounds.decisions.record import waiting_cases
+from nnunet_sam2.rounds.decisions.waiting import waiting_cases
+from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
 from nnunet_sam2.rounds.lock import OWNER_FILE, Owner
+from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import RunState, find_runs, read_state
 
 
@@ -22,8 +25,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the state of a run."""
     folders = find_dataset(args.dataset)
     state = read_state(folders, args.run_name)
+    cohort, events = Cohort.load(folders.raw), read_events(state.folder / LEDGER_FILE)
+    waiting = waiting_cases(cohort, state.folder, events, fold=state.fold)
     if args.json:
-        print(json.dumps(state.to_json(), indent=1))
+        print(json.dumps({**state.to_json(), "waiting": waiting}, indent=1))
         return 0
     others = [path.name for path in find_runs(folders) if path != state.folder]
     print(f"{folders.name}, run {state.folder.name}" + (f" (others: {', '.join(others)})" if others else ""))
@@ -37,16 +42,19 @@ def run(args: argparse.Namespace) -> int:
         if owner is not None and not owner.is_elsewhere and owner.is_alive:
             print(f"in stage {state.running_stage}; process {owner.pid} is at work on it")
         else:
-            print(f"in stage {state.running_stage}; if no process is at work on it, the same run command continues")
+            print(f"in stage {state.running_stage}")
     else:
-        print("between stages; the same run command continues")
+        print("between stages")
     if state.best_round is not None:
         print(f"best round: {state.best_round} ({state.configuration_of()})")
-    if waiting := waiting_cases(state.folder, state.reviewed_lines):
+    if waiting:
         cases = "1 case" if len(waiting) == 1 else f"{len(waiting)} cases"
-        print(f"people's word on {cases} waits for the next round; the same run command begins it")
+        print(f"people's word on {cases} waits for the next round")
     for retry in state.retries:
         print(f"tried once more: {retry['stage']} ({retry['cause']}), {retry['remedy']}")
+    if waiting or not state.stop_reason:
+        options = RunOptions.from_json(state.options, where=state.folder)
+        print(f"what continues it, where no process is at work: {options.command(folders.dataset_id)}")
     print(f"time spent in finished stages: {duration(state.seconds)}")
     return 0
 
@@ -63,7 +71,8 @@ def rounds_table(state: RunState) -> str:
     if any(not r.finished for r in state.rounds):
         lines.append("* not finished")
     for r in state.rounds:
-        parts = [f"cases left out: {r.left_out}"] if r.left_out else []
+        named = ", ".join(r.left_out[:3]) + (" ..." if len(r.left_out) > 3 else "")
+        parts = [f"cases left out: {len(r.left_out)} ({named})"] if r.left_out else []
         parts += [f"classes of other cases not learnt from: {r.distrusted}"] if r.distrusted else []
         if parts:
             lines.append(f"round {r.number}: {', '.join(parts)} (why: nnunet_sam2 label --explain CASE)")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_sam2.cohort.checks import CheckedCase, check_cases, check_duplicates
-from nnunet_sam2.cohort.cohort import COHORT_FILE, Cohort, Role
+from nnunet_sam2.cohort.cohort import ADDED_LABELS, COHORT_FILE, Cohort, Role
 from nnunet_sam2.cohort.labels import LabelTable, LabelValue, make_label_table, table_from_values
 from nnunet_sam2.cohort.layouts import Found, SourceCase, find
 from nnunet_sam2.cohort.layouts.folder import TEST
@@ -167,6 +167,12 @@ def check_target(folders: DatasetFolders, *, overwrite: bool) -> None:
         raise InputError(f"{folders.raw} exists; choose another id with -d, or replace it with --overwrite")
     if not (folders.raw / COHORT_FILE).is_file():
         raise InputError(f"{folders.raw} was not made by this command (no {COHORT_FILE}); it is not overwritten")
+    drawn = [path for path in sorted((folders.raw / ADDED_LABELS).glob("*")) if not path.name.startswith(".")]
+    if drawn:
+        raise InputError(
+            f"{folders.raw} holds human labels that were taken in since it was made ({ADDED_LABELS}/{drawn[0].name}, "
+            f"{len(drawn)} in all), which would be lost; convert to another id with -d, or move {folders.raw} away"
+        )
     for made in (folders.preprocessed, folders.results):
         if made.exists():
             raise InputError(

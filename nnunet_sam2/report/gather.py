@@ -96,7 +96,7 @@ def _rounds(files: RunFiles) -> Iterator[RoundAccount]:
             volumes=_mean_volumes(fuse.get("voxels", {}), files.cohort),
             confidence=_mean(fuse.get("confidence", {}).values()),
             confident=_mean(fuse.get("confident", {}).values()),
-            left_out=state.left_out,
+            left_out=len(state.left_out),
             distrusted=state.distrusted,
             iterations=state.iterations,
             seconds=state.seconds,

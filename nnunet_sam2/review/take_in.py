@@ -34,6 +34,8 @@ class _Checked:
 
     case: Case
     path: Path
+    voxels: str
+    """Hash of its voxels; empty where it shows nothing."""
 
 
 def take_in(
@@ -66,6 +68,7 @@ def take_in(
         names = [one.case.case_id for one in checked]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise InputError(f"two of the files are for case {twice}; give one a case")
+        _refuse_twins(cohort, checked)
         taken = []
         for one in checked:
             cohort, path = _enter(cohort, one, values)
@@ -152,7 +155,24 @@ def _check(
             f"{path} is as it was handed over, no voxel was corrected; if it is right, accept it in the page of "
             "nnunet_sam2 review"
         )
-    return _Checked(case=case, path=path)
+    return _Checked(case=case, path=path, voxels=voxel_hash(label_zyx) if label_zyx.any() else "")
+
+
+def _refuse_twins(cohort: Cohort, checked: Sequence[_Checked]) -> None:
+    """Refuse a label that another case has, voxel for voxel: it was given to the wrong one."""
+    ours = {one.case.case_id for one in checked}
+    others = {
+        voxel_hash(read_label(cohort.root / label)[0]): case.case_id
+        for case in cohort.cases
+        if case.case_id not in ours and case.role is not Role.TEST
+        if (label := case.added.label if case.added else case.label)
+    }
+    for one in checked:
+        twin = others.setdefault(one.voxels, one.case.case_id) if one.voxels else one.case.case_id
+        if twin != one.case.case_id:
+            raise InputError(
+                f"{one.path}: case {one.case.case_id} would get the label of case {twin}, voxel for voxel; give its own"
+            )
 
 
 def _exported(cohort: Cohort, path: Path) -> dict[str, Any]:

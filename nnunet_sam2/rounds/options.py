@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -14,7 +15,9 @@ from nnunet_sam2.trainers.settings import RoundSettings
 PROFILES = ("gpu", "cpu")
 """``gpu``: the planned network with nnU-Net's schedule. ``cpu``: a lighter one, short enough for two cores."""
 
-FREE_OPTIONS = frozenset({"round_limit", "device", "threads", "hang_minutes"})
+_OF_A_MACHINE = ("device", "threads", "hang_minutes")
+
+FREE_OPTIONS = frozenset({"round_limit", *_OF_A_MACHINE})
 """May change when a run is continued: they say how long and where, not what."""
 
 _SHARES = ("mean_change", "worst_tenth_change", "validation_drop", "least_quality", "empty_rise", "oscillation")
@@ -135,6 +138,20 @@ class RunOptions:
     def to_json(self) -> dict[str, Any]:
         """Return all options as a JSON value."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def command(self, dataset_id: int) -> str:
+        """Return the command that begins or continues a run with these options, on any machine."""
+        words = ["nnunet_sam2", "run", "-d", str(dataset_id), "-c", self.configuration, "-f", self.fold]
+        for f in fields(self):
+            value = getattr(self, f.name)
+            same = f.default_factory() if callable(f.default_factory) else f.default
+            if f.name in ("configuration", "fold", *_OF_A_MACHINE) or (value == same and f.name != "profile"):
+                continue
+            if isinstance(value, dict):
+                words += [word for key, entry in value.items() for word in (_flag(f.name), f"{key}={entry}")]
+            else:
+                words += [_flag(f.name)] if value is True else [_flag(f.name), str(value)]
+        return shlex.join(words)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], *, where: object) -> RunOptions:

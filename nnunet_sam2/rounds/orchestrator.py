@@ -16,7 +16,7 @@ from nnunet_sam2.provenance import provenance
 from nnunet_sam2.rounds.context import RunContext, load_labeller
 from nnunet_sam2.rounds.decisions.round_review import RoundReview
 from nnunet_sam2.rounds.ending.collapse import Ending
-from nnunet_sam2.rounds.ending.convergence import RoundOutcome, best_round
+from nnunet_sam2.rounds.ending.convergence import RoundOutcome, best_round, kept_round
 from nnunet_sam2.rounds.ending.health import Health
 from nnunet_sam2.rounds.labelling_stages import LabellingStages
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, Ledger
@@ -114,13 +114,16 @@ def _alternate(run: RunContext, report: Report) -> None:
             f"no round was trained ({ending.reason.value}) and there is no baseline to go on with; "
             "look at the labels with nnunet_sam2 label, or run without --skip-baseline"
         )
-    best = best_round(outcomes)
+    since = review.since(number)
+    best = kept_round(outcomes, since=since, drop=options.validation_drop)
+    if best < since <= outcomes[-1].number:
+        say(f"the model of round {best} is kept: those that know people's word are worse on the held-out labels")
 
     if options.has_final and best > 0:
         # the labels of the best round, and the whole schedule that the rounds were too short for
         last = run.next_number(number, final=True)
         # Of the rounds that know people's last word, where there was one.
-        source = best_round([o for o in outcomes if o.number >= max(1, review.since(number))] or outcomes)
+        source = best_round([o for o in outcomes if o.number >= max(1, since)] or outcomes)
         nnunet.make_data(last, labels=labels_of.get(source, labels_of[best]), final=True)
         students[last] = nnunet.train(last, warm_start=None, final=True)
         outcomes.append(RoundOutcome(number=last, change=None, validation_dice=students[last].validation_dice))

@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
-from nnunet_sam2.rounds.ledger import LEDGER_FILE, RETRIED, REVIEWED, read_events
+from nnunet_sam2.rounds.ledger import LEDGER_FILE, RETRIED, read_events
 
 RUNS_FOLDER = "nnunet_sam2"
 """Folder of all runs under a dataset's results; nnU-Net's tools pass it by, for it is no ``A__B__C`` triple."""
@@ -32,7 +32,7 @@ class RoundState:
     validation_by_class: dict[str, float]
     quality: dict[str, dict[str, float]]
     """Estimated Dice of SAM 2 and of the student, a class, by which the round's labels were fused."""
-    left_out: int
+    left_out: tuple[str, ...]
     """Cases that the round does not train on."""
     distrusted: int
     """Classes of the other cases that it does not learn, a case and a class each."""
@@ -54,8 +54,6 @@ class RunState:
     retries: tuple[dict[str, Any], ...]
     """Stages that were tried once more: ``stage``, ``cause``, ``remedy``."""
     best_round: int | None
-    reviewed_lines: int
-    """Lines of people's decisions that a round has taken in."""
     seconds: float
 
     @property
@@ -90,7 +88,6 @@ class RunState:
             "evidence": self.evidence,
             "retries": list(self.retries),
             "best_round": self.best_round,
-            "reviewed_lines": self.reviewed_lines,
             "seconds": self.seconds,
         }
 
@@ -155,7 +152,6 @@ def state_of_events(folder: Path, events: Sequence[dict[str, Any]]) -> RunState:
             if event["event"] == RETRIED
         ),
         best_round=stopped["best_round"] if stopped else _best_so_far(rounds),
-        reviewed_lines=max((event.get("lines", 0) for event in events if event["event"] == REVIEWED), default=0),
         seconds=sum(event["seconds"] for event in events if event["event"] == "done"),
     )
 
@@ -176,7 +172,7 @@ def _round(done: dict[str, dict[str, Any]], name: str) -> RoundState:
         validation_dice=train.get("validation_dice"),
         validation_by_class=train.get("validation_by_class", {}),
         quality=fuse.get("quality", {}),
-        left_out=len(fuse.get("left_out", {})),
+        left_out=tuple(sorted(fuse.get("left_out", {}))),
         distrusted=sum(len(values) for values in fuse.get("distrusted", {}).values()),
         iterations=train.get("iterations"),
         seconds=sum(event["seconds"] for event in stages.values()),

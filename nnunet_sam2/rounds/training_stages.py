@@ -107,7 +107,7 @@ class TrainingStages:
                     "configuration": name,
                     "final": final,
                     "key": made.key,
-                    "pseudo_labelled": len(labels.used_cases) if labels else 0,
+                    "pseudo_labelled": len(labels.used_cases) - len(labels.human_cases) if labels else 0,
                 },
             )
 

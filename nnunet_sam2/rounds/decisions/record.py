@@ -191,19 +191,6 @@ def standing(lines: Sequence[Line]) -> dict[str, CaseDecisions]:
     return {case_id: decisions for case_id, decisions in found.items() if decisions}
 
 
-def waiting_cases(run: Path, entered: int) -> list[str]:
-    """Return the ids of the cases on which people said something new since the first ``entered`` lines of the file.
-
-    To reject a newer label of a class once more is nothing new: none of its labels is learnt from.
-    """
-    lines = read_decisions(decisions_path(run))
-    then, now = (
-        {case_id: (d.taken_out, d.accepted, list(d.rejected)) for case_id, d in standing(some).items()}
-        for some in (lines[:entered], lines)
-    )
-    return sorted(case_id for case_id in then.keys() | now.keys() if then.get(case_id) != now.get(case_id))
-
-
 class DecisionFile(AbstractContextManager["DecisionFile"]):
     """Append to a run's decisions: one process at a time, each line on the disk before it counts."""
 

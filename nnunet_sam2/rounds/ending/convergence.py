@@ -92,6 +92,21 @@ def stop_reason(
     return None
 
 
+def kept_round(rounds: Sequence[RoundOutcome], *, since: int, drop: float) -> int:
+    """Choose the round to keep where people had their word, which the rounds from ``since`` on know (0: nobody had).
+
+    The best of those that know it, as long as its validation Dice is not more than ``drop`` below the best of all.
+    """
+    best = best_round(rounds)
+    knowing = [r for r in rounds if r.number >= since]
+    if not since or not knowing:
+        return best
+    chosen = best_round(knowing)
+    dice = {r.number: r.validation_dice for r in rounds}
+    most, own = dice[best], dice[chosen]
+    return best if most is not None and own is not None and own < most - drop else chosen
+
+
 def best_round(rounds: Sequence[RoundOutcome]) -> int:
     """Choose the round to keep: the highest validation Dice, the later one of equals, the last where none is known."""
     scored = [r for r in rounds if r.validation_dice is not None]

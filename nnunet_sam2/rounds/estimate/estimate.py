@@ -12,6 +12,7 @@ from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.registry import make_strategy
 from nnunet_sam2.machine import Memory, file_system, read_memory
+from nnunet_sam2.rounds.decisions.waiting import waiting_cases
 from nnunet_sam2.rounds.disk import LOOKS, RESERVE, embedding_bytes, folder_bytes, free_bytes, readable, run_size
 from nnunet_sam2.rounds.estimate.costs import Cost, StageEstimate
 from nnunet_sam2.rounds.estimate.labelling_costs import LabellingCosts
@@ -92,7 +93,8 @@ def estimate_run(folders: DatasetFolders, options: RunOptions, *, again: bool = 
     cohort = known.as_planned()
     refuse_unusable(folders, cohort, options)
     folder = run_folder(folders, options.run_name)
-    refuse_other_options(folder, read_events(folder / LEDGER_FILE), options)
+    events = read_events(folder / LEDGER_FILE)
+    refuse_other_options(folder, events, options)
     validation = _validation(folders, cohort, options)
     held_out, patients = {case.case_id for case in validation}, {case.patient for case in validation}
     supports = tuple(c for c in cohort.labelled if options.supports == "all" or c.case_id not in held_out)
@@ -113,6 +115,12 @@ def estimate_run(folders: DatasetFolders, options: RunOptions, *, again: bool = 
     estimator = _estimator(folders, cohort, options, validation, supports, measured, several, features)
     stages = estimator.stages()
     obstacles, warnings = _fit(folders, stages, measured, read_memory())
+    if waiting := waiting_cases(known, folder, events, fold=options.fold):
+        warnings = (
+            f"people's word on {len(waiting)} of the cases waits: a round more than these stages follows, in which "
+            "SAM 2 labels all cases anew where whole labels were drawn",
+            *warnings,
+        )
     return RunEstimate(
         folder=folder,
         stages=stages,
