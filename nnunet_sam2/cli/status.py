@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 
-from nnunet_sam2.cohort.cohort import Cohort
-from nnunet_sam2.folders import find_dataset
-from nnunet_sam2.rounds.decisions.waiting import waiting_cases
+from nnunet_sam2.folders import DatasetFolders, find_dataset
+from nnunet_sam2.rounds.decisions.record import decisions_path
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
 from nnunet_sam2.rounds.lock import OWNER_FILE, Owner
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import RunState, find_runs, read_state
+from nnunet_sam2.storage import read_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,8 +25,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the state of a run."""
     folders = find_dataset(args.dataset)
     state = read_state(folders, args.run_name)
-    cohort, events = Cohort.load(folders.raw), read_events(state.folder / LEDGER_FILE)
-    waiting = waiting_cases(cohort, state.folder, events, fold=state.fold)
+    waiting = _waiting(folders, state)
     if args.json:
         print(json.dumps({**state.to_json(), "waiting": waiting}, indent=1))
         return 0
@@ -57,6 +56,19 @@ def run(args: argparse.Namespace) -> int:
         print(f"what continues it, where no process is at work: {options.command(folders.dataset_id)}")
     print(f"time spent in finished stages: {duration(state.seconds)}")
     return 0
+
+
+def _waiting(folders: DatasetFolders, state: RunState) -> list[str]:
+    cohort = folders.raw / "cohort.json"
+    cases = read_json(cohort)["cases"] if cohort.is_file() else []
+    if not decisions_path(state.folder).is_file() and not any(case.get("added") for case in cases):
+        return []
+    # Only now: a cohort wants numpy, which takes longer than all the rest.
+    from nnunet_sam2.cohort.cohort import Cohort
+    from nnunet_sam2.rounds.decisions.waiting import waiting_cases
+
+    events = read_events(state.folder / LEDGER_FILE)
+    return waiting_cases(Cohort.load(folders.raw), state.folder, events, fold=state.fold)
 
 
 def rounds_table(state: RunState) -> str:
