@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Sequence
 
 
 class NnunetSam2Error(Exception):
@@ -21,6 +22,19 @@ class StageError(NnunetSam2Error, RuntimeError):
     """Report that a stage of a run failed after it had started; what was finished before is kept."""
 
     exit_status = 1
+
+
+def refuse_all(refusals: Sequence[str], *, of: int, what: str, tell: Callable[[str], object]) -> None:
+    """Raise `InputError` where anything was refused: one refusal as it is, of several each told in a line before."""
+    if len(refusals) > 1:
+        for number, text in enumerate(refusals, start=1):
+            tell(f"refused {number}: {text}")
+        raise InputError(
+            f"{len(refusals)} of {of} {what} cannot be used, each is named above with the way out; the first: "
+            f"{refusals[0]}"
+        )
+    if refusals:
+        raise InputError(refusals[0])
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)

@@ -57,6 +57,20 @@ def test_a_corrected_label_makes_the_case_a_labelled_one_and_is_never_changed_ag
     assert not list(raw.rglob(f"{TEMPORARY_MARK}*"))
 
 
+def test_of_several_files_each_that_is_refused_is_named_and_none_is_taken(
+    drawn: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, path = drawn
+    before = Cohort.load(raw)
+    stranger = tmp_path / "stranger.nii.gz"
+    write_label(stranger, _label(before.case(NAME).geometry), before.case(NAME).geometry)
+    with pytest.raises(InputError, match="2 of 3 files cannot be used"):
+        take_in(raw, [tmp_path / "nowhere.nii.gz", path, stranger])
+    told = capsys.readouterr().out.splitlines()
+    assert ["nowhere" in told[0], "no case of" in told[1], len(told)] == [True, True, 2]
+    assert Cohort.load(raw) == before
+
+
 def test_a_label_that_another_case_has_voxel_for_voxel_is_refused(drawn: tuple[Path, Path], tmp_path: Path) -> None:
     raw, path = drawn
     cohort = Cohort.load(raw)

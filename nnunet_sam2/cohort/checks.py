@@ -12,7 +12,7 @@ import numpy as np
 from nnunet_sam2.cohort.cohort import Role
 from nnunet_sam2.cohort.labels import LabelTable
 from nnunet_sam2.cohort.layouts import SourceCase
-from nnunet_sam2.errors import InputError
+from nnunet_sam2.errors import InputError, refuse_all
 from nnunet_sam2.files.checks import PICTURE_ENDINGS, file_ending
 from nnunet_sam2.files.nifti import is_plain_nifti_gz
 from nnunet_sam2.files.pictures import picture_fits_png
@@ -83,15 +83,7 @@ def check_cases(
         else:
             checked.append(case)
     refusals += _other_kinds(checked)
-    if len(refusals) > 1:
-        for number, text in enumerate(refusals, start=1):
-            tell(f"refused {number}: {text}")
-        raise InputError(
-            f"{len(refusals)} of {len(cases)} cases cannot be used, each is named above with the way out; the first: "
-            f"{refusals[0]}"
-        )
-    if refusals:
-        raise InputError(refusals[0])
+    refuse_all(refusals, of=len(cases), what="cases", tell=tell)
     return checked
 
 

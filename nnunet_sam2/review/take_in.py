@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from nnunet_sam2.cohort.cohort import ADDED_LABELS, Addition, Case, Cohort, Role
-from nnunet_sam2.errors import InputError
+from nnunet_sam2.errors import InputError, refuse_all
 from nnunet_sam2.files.checks import strip_ending
+from nnunet_sam2.progress import say
 from nnunet_sam2.review.hand_over import EXPORT_FILE
 from nnunet_sam2.rounds.lock import acquired
 from nnunet_sam2.storage import TEMPORARY_MARK, file_hash, read_json
@@ -64,15 +65,22 @@ def take_in(
     try:
         cohort = Cohort.load(raw)
         values = None if classes is None else class_values_of(cohort, classes)
-        checked = [_check(cohort, path, case_id, values, replaced=replace, allow_empty=allow_empty) for path in files]
+        checked: list[_Checked] = []
+        refusals: list[str] = []
+        for path in files:
+            try:
+                checked.append(_check(cohort, path, case_id, values, replaced=replace, allow_empty=allow_empty))
+            except InputError as refusal:
+                refusals.append(str(refusal))
+        refuse_all(refusals, of=len(files), what="files", tell=say)
         names = [one.case.case_id for one in checked]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise InputError(f"two of the files are for case {twice}; give one a case")
         _refuse_twins(cohort, checked)
         taken = []
         for one in checked:
-            cohort, path = _enter(cohort, one, values)
-            taken.append((one.case.case_id, path))
+            cohort, kept = _enter(cohort, one, values)
+            taken.append((one.case.case_id, kept))
         return taken
     finally:
         lock.release()
