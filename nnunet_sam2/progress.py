@@ -29,9 +29,19 @@ def bar_options() -> dict[str, Any]:
     """Return how tqdm's bars look here: redrawn on a terminal, a line every 30 seconds elsewhere."""
     interactive = sys.stderr.isatty()
     return {
-        "leave": interactive,
+        "file": sys.stderr if interactive else _Lines(),
         "mininterval": 0.2 if interactive else 30.0,
         "ascii": not interactive,
         "delay": 2.0,
         "dynamic_ncols": interactive,
     }
+
+
+class _Lines:
+    """Write each state of a bar as a line of its own: in a log file, a return to the line's start is none."""
+
+    def write(self, text: str) -> None:
+        sys.stderr.write(text.rstrip(" ").replace("\r", "\n"))
+
+    def flush(self) -> None:
+        sys.stderr.flush()
