@@ -24,6 +24,9 @@ MISSING, EXTRA, BY_PRODUCT, FOLDER, UNREADABLE, TYPE, VALUES, GEOMETRY = (
     "wrong values",
     "wrong geometry",
 )
+UNFILTERED = "unfiltered"
+"""Folder of what `nnunet_sam2 predict --keep-largest` was given by the network."""
+
 _BY_PRODUCTS = ("predict.log", "dataset.json", "plans.json", "predict_from_raw_data_args.json")
 
 
@@ -94,6 +97,8 @@ def _opened(submission: Path) -> Iterator[Path]:
 def _is_by_product(name: str) -> bool:
     """Say whether `nnunet_sam2 predict` or nnU-Net itself writes this file beside the label files."""
     path = PurePosixPath(name)
+    if path.parts[0] == UNFILTERED:
+        return True
     return path.name in _BY_PRODUCTS or (path.suffix == ".json" and path.parent.name == "records")
 
 

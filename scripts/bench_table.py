@@ -67,6 +67,8 @@ def _table(name: str, result: dict[str, Any]) -> str:
     for entry in result["rounds"]:
         lines.append(_row(f"round {entry['round']}: labels", "unlabelled", entry["labels"], classes))
         lines.append(_row(f"round {entry['round']}: nnU-Net", "test", entry, classes))
+        if entry["round"] == result["best_round"] and "largest" in result:
+            lines.append(_row("same, largest pieces alone", "test", result["largest"], classes))
     lines += [
         _row("final labels", "unlabelled", result["final_labels"], classes),
         _row("bound: human labels for all", "test", result["all_labels"], classes),

@@ -9,6 +9,7 @@ from typing import Any
 from nnunet_sam2.cohort.cohort import HIDDEN_LABELS, TEST_LABELS, Case, Cohort
 from nnunet_sam2.evaluation import evaluate
 from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.labelling.largest import single_classes, write_largest
 from nnunet_sam2.rounds import nnunet
 from nnunet_sam2.rounds.state import RunState
 
@@ -23,6 +24,14 @@ def score_model(
 ) -> dict[str, Any]:
     """Let a model segment the test cases and score them against their labels."""
     predict_test(folders, cohort, configuration, fold, cohort.test, threads=threads, out=out)
+    return _short(evaluate(cohort.root / TEST_LABELS, out, class_values=cohort.class_values))
+
+
+def score_largest(cohort: Cohort, predicted: Path) -> dict[str, Any]:
+    """Score the predictions of the test cases as ``predict --keep-largest`` writes them."""
+    out = predicted.with_name(f"{predicted.name}_largest")
+    names = [f"{case.case_id}{cohort.file_ending}" for case in cohort.test]
+    write_largest(predicted, out, names, single_classes(cohort))
     return _short(evaluate(cohort.root / TEST_LABELS, out, class_values=cohort.class_values))
 
 
@@ -72,6 +81,8 @@ def score_run(folders: DatasetFolders, cohort: Cohort, state: RunState, *, threa
             "iterations": round_.iterations,
             "seconds": round_.seconds,
         }
+        if round_.number == state.best_round:
+            result["largest"] = score_largest(cohort, out / round_.configuration)
         if round_.number == 0:
             result["labelled_only"] = entry
             continue

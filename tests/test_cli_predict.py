@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from anisotropic_data import Dataset
 
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.cli.predict import chosen_model, find_cases
+from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.checks import VOLUME_ENDINGS
 from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.labelling.largest import keep_largest, single_classes
 from nnunet_sam2.rounds.ledger import Ledger, StageResult
 from nnunet_sam2.rounds.nnunet import predict as nnunet_predict
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import run_folder
+from nnunet_sam2.volumes import read_label
 
 
 def files(folder: Path, *names: str) -> Path:
@@ -115,6 +120,19 @@ def test_predict_and_export_work_from_the_command_line(
     images, out = str(trained.folders.raw / "imagesTs"), str(trained.root / "predicted")
     assert main(["predict", "-d", "502", "-i", images, "-o", out, "--device", "cpu"]) == 0
     assert "1 cases with 3d_fullres_r01, fold 0" in capsys.readouterr().out
+    filtered = tmp_path / "filtered"
+    shutil.copytree(out, filtered / "unfiltered")
+    asked = ["predict", "-d", "502", "-i", images, "-o", str(filtered), "--device", "cpu", "--keep-largest"]
+    assert main(asked) == 0
+    told = capsys.readouterr().out
+    cohort = Cohort.load(trained.folders.raw)
+    values = single_classes(cohort)
+    name = f"{cohort.test[0].case_id}.nii.gz"
+    kept, dropped = keep_largest(read_label(trained.root / "predicted" / name)[0], values)
+    np.testing.assert_array_equal(read_label(filtered / name)[0], kept)
+    assert f": {dropped} voxels dropped in {int(dropped > 0)} of 1 cases" in told
+    assert main(["check-submission", "-d", "502", "-p", str(filtered)]) == 0
+    capsys.readouterr()
     assert main(["export", "-d", "502", "-o", str(tmp_path / "model")]) == 0
     assert f"-m {tmp_path / 'model'} -f 0" in capsys.readouterr().out
     assert (tmp_path / "model" / "fold_0" / "checkpoint_final.pth").is_file()

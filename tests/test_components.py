@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from nnunet_sam2.labelling.components import filter_components, keep_component, single_component_classes
+from nnunet_sam2.labelling.largest import keep_largest
 
 
 def _two_blobs() -> np.ndarray:
@@ -89,3 +90,18 @@ def test_classes_not_named_are_left_alone() -> None:
     filtered_zyx, taken = filter_components(label_zyx, prob_czyx, (1,), keep={})
     assert np.array_equal(filtered_zyx, label_zyx)
     assert taken == {}
+
+
+def test_of_classes_that_are_one_piece_the_largest_is_kept_and_the_others_stay_as_they_are() -> None:
+    label = np.zeros((3, 12, 12), np.uint8)
+    label[0, 1:5, 1:5] = 1
+    label[2, 10, 10] = 1
+    label[1, 8:10, 1:3] = 2
+    label[1, 1, 10] = 2
+    kept, dropped = keep_largest(label, (1,))
+    assert dropped == 1
+    assert kept[2, 10, 10] == 0
+    assert (kept == 1).sum() == 16
+    np.testing.assert_array_equal(kept == 2, label == 2)
+    assert label[2, 10, 10] == 1
+    assert keep_largest(np.zeros((2, 3, 4), np.uint8), (1, 2))[1] == 0

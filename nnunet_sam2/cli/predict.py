@@ -6,11 +6,16 @@ import argparse
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunet_sam2.cohort.names import checked_case_id
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.checks import VOLUME_ENDINGS
 from nnunet_sam2.folders import DatasetFolders, find_dataset
+from nnunet_sam2.submission import UNFILTERED
+
+if TYPE_CHECKING:
+    from nnunet_sam2.cohort.cohort import Cohort
 
 _CHANNEL = re.compile(r"_(\d{4})$")
 
@@ -29,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--save_probabilities", action="store_true", help="also write OUT/probabilities/CASE.npz")
     parser.add_argument("--disable_tta", action="store_true", help="do not mirror, even if the model was trained so")
+    parser.add_argument(
+        "--keep-largest",
+        action="store_true",
+        help="of each class that is one piece in every human label, keep the largest piece of a case alone; what the "
+        "network gave is in OUT/unfiltered",
+    )
     parser.add_argument("--device", "-device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
 
@@ -63,15 +74,30 @@ def run(args: argparse.Namespace) -> int:
         configuration,
         [fold],
         cases,
-        args.out,
+        args.out / UNFILTERED if args.keep_largest else args.out,
         device=args.device if args.device != "auto" else _best_device(),
         log=args.out / "predict.log",
         save_probabilities=args.save_probabilities,
         mirroring=not args.disable_tta,
         threads=args.threads,
     )
+    if args.keep_largest:
+        _keep_largest(cohort, args.out, cases)
     say(f"label maps: {args.out}")
     return 0
+
+
+def _keep_largest(cohort: Cohort, out: Path, cases: Iterable[str]) -> None:
+    from nnunet_sam2.labelling.explain.cases import class_names
+    from nnunet_sam2.labelling.largest import single_classes, write_largest
+    from nnunet_sam2.progress import say
+
+    values = single_classes(cohort)
+    names = [f"{case_id}{cohort.file_ending}" for case_id in cases]
+    dropped = [count for count in write_largest(out / UNFILTERED, out, names, values).values() if count]
+    known = class_names(cohort)
+    of = ", ".join(known[str(value)] for value in values) or "no class, for none is one piece in every human label"
+    say(f"largest pieces kept of {of}: {sum(dropped)} voxels dropped in {len(dropped)} of {len(names)} cases")
 
 
 def chosen_model(folders: DatasetFolders, args: argparse.Namespace) -> tuple[str, str]:
