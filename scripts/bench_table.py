@@ -67,14 +67,28 @@ def _table(name: str, result: dict[str, Any]) -> str:
     for entry in result["rounds"]:
         lines.append(_row(f"round {entry['round']}: labels", "unlabelled", entry["labels"], classes))
         lines.append(_row(f"round {entry['round']}: nnU-Net", "test", entry, classes))
-        if entry["round"] == result["best_round"] and "largest" in result:
-            lines.append(_row("same, largest pieces alone", "test", result["largest"], classes))
     lines += [
         _row("final labels", "unlabelled", result["final_labels"], classes),
         _row("bound: human labels for all", "test", result["all_labels"], classes),
         "",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_largest(result)])
+
+
+def _largest(result: dict[str, Any]) -> list[str]:
+    kept = next((r for r in result["rounds"] if r["round"] == result["best_round"]), None)
+    entries = {
+        "labelled only": result["labelled_only"],
+        "as long as all rounds": result.get("labelled_only_longer"),
+        f"round {result['best_round']}": kept,
+        "bound": result["all_labels"],
+    }
+    told = [
+        f"{name} {entry['largest']['dice']:.3f} (HD95 {entry['largest']['hd95']:.1f} mm)"
+        for name, entry in entries.items()
+        if entry and "largest" in entry
+    ]
+    return [f"The same predictions with `--keep-largest`: {', '.join(told)}.", ""] if told else []
 
 
 def _row(title: str, scored_on: str, entry: dict[str, Any], classes: list[str], seconds: float | None = None) -> str:

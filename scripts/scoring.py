@@ -22,17 +22,14 @@ def score_labels(cohort: Cohort, labels: Path) -> dict[str, Any]:
 def score_model(
     folders: DatasetFolders, cohort: Cohort, configuration: str, fold: str, *, threads: int, out: Path
 ) -> dict[str, Any]:
-    """Let a model segment the test cases and score them against their labels."""
+    """Let a model segment the test cases and score them, also as ``predict --keep-largest`` would write them."""
     predict_test(folders, cohort, configuration, fold, cohort.test, threads=threads, out=out)
-    return _short(evaluate(cohort.root / TEST_LABELS, out, class_values=cohort.class_values))
-
-
-def score_largest(cohort: Cohort, predicted: Path) -> dict[str, Any]:
-    """Score the predictions of the test cases as ``predict --keep-largest`` writes them."""
-    out = predicted.with_name(f"{predicted.name}_largest")
+    largest = out.with_name(f"{out.name}_largest")
     names = [f"{case.case_id}{cohort.file_ending}" for case in cohort.test]
-    write_largest(predicted, out, names, single_classes(cohort))
-    return _short(evaluate(cohort.root / TEST_LABELS, out, class_values=cohort.class_values))
+    write_largest(out, largest, names, single_classes(cohort))
+    truth, values = cohort.root / TEST_LABELS, cohort.class_values
+    scores = _short(evaluate(truth, out, class_values=values))
+    return {**scores, "largest": _short(evaluate(truth, largest, class_values=values))}
 
 
 def predict_test(
@@ -81,8 +78,6 @@ def score_run(folders: DatasetFolders, cohort: Cohort, state: RunState, *, threa
             "iterations": round_.iterations,
             "seconds": round_.seconds,
         }
-        if round_.number == state.best_round:
-            result["largest"] = score_largest(cohort, out / round_.configuration)
         if round_.number == 0:
             result["labelled_only"] = entry
             continue
