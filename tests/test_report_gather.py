@@ -190,7 +190,7 @@ def test_the_report_tells_peoples_word_apart_from_estimates(run: tuple[DatasetFo
 def _draw(folders: DatasetFolders, case_id: str, work: Path, *, classes: list[str] | None = None) -> None:
     geometry = Cohort.load(folders.raw).case(case_id).geometry
     mine = np.zeros(geometry.shape_zyx, np.uint8)
-    mine[3:8, 8:20, 8:20] = 1
+    mine[3:8, 8:20, 8 : 16 + int(case_id[-1])] = 1  # nobody draws two cases alike
     mine[4:7, 24:32, 24:32] = 2
     write_label(work / f"{case_id}.nii.gz", mine, geometry)
     take_in(folders.raw, [work / f"{case_id}.nii.gz"], classes=classes)
