@@ -14,8 +14,9 @@ from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.labelling.explain.cases import class_names
 from nnunet_sam2.labelling.records import record_path
 from nnunet_sam2.report.words import CaseWord, words_of
-from nnunet_sam2.rounds.decisions.holds import CaseHold, holds_from_json, holds_of
+from nnunet_sam2.rounds.decisions.holds import CaseHold, holds_from_json
 from nnunet_sam2.rounds.decisions.record import Line, decisions_path, read_decisions
+from nnunet_sam2.rounds.decisions.waiting import waiting_cases
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, REVIEWED, read_events
 from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.state import RunState, state_of_events
@@ -155,8 +156,7 @@ class RunFiles:
     @property
     def waiting(self) -> int:
         """Return on how many cases people's word waits for the next round."""
-        now = holds_of(self.cohort, self._decisions, held_out_patients=self.held_out_patients)
-        return sum(now.get(name) != self.holds.get(name) for name in now.keys() | self.holds.keys())
+        return len(waiting_cases(self.cohort, self.folder, self.events, fold=self.options.fold))
 
     @cached_property
     def held_out_patients(self) -> frozenset[str]:

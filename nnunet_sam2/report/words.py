@@ -6,8 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from nnunet_sam2.cohort.cohort import Cohort, Role
-from nnunet_sam2.rounds.decisions.record import CaseDecisions, Line, standing
+from nnunet_sam2.cohort.cohort import Cohort
+from nnunet_sam2.rounds.decisions.holds import said_of_cases
+from nnunet_sam2.rounds.decisions.record import CaseDecisions, Line
 
 
 class Said(str, Enum):
@@ -52,21 +53,11 @@ class CaseWord:
         return Said.REJECTED
 
 
-def words_of(cohort: Cohort, lines: Sequence[Line], *, held_out_patients: Collection[str]) -> dict[str, CaseWord]:
-    """Join decisions and human labels that came later, for the cases that a run labels and people spoke of.
-
-    As in `rounds.decisions.holds`: a human label is the last word on the classes that it answers for, and those of a
-    patient who is validated on are not taken.
-    """
-    decided = standing(lines)
+def words_of(cohort: Cohort, lines: Sequence[Line], *, held_out_patients: frozenset[str]) -> dict[str, CaseWord]:
+    """Join decisions and human labels that came later, as `holds_of` does, for the cases that people spoke of."""
     every = frozenset(cohort.class_values)
     found = {}
-    for case in cohort.cases:
-        if case.as_planned.role is not Role.UNLABELLED:
-            continue
-        human = case.added if case.patient not in held_out_patients else None
-        drawn = frozenset(human.classes or every) if human else frozenset()
-        decisions = decided.get(case.case_id, CaseDecisions()).without(drawn)
+    for case, _, drawn, decisions in said_of_cases(cohort, lines, held_out_patients=held_out_patients):
         if drawn or decisions:
             found[case.case_id] = CaseWord(drawn=drawn, whole=drawn == every, decisions=decisions)
     return found

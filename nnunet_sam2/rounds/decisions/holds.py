@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nnunet_sam2.cohort.cohort import Addition, Cohort, Role
+from nnunet_sam2.cohort.cohort import Addition, Case, Cohort, Role
 from nnunet_sam2.rounds.decisions.record import CaseDecisions, standing
 from nnunet_sam2.rounds.decisions.record import Line as DecisionLine
 
@@ -68,14 +68,8 @@ def holds_of(
     A human label is the last word on the classes that it answers for: decisions about them, made on machine labels,
     no longer count. Human labels of a patient who is validated on are not learnt from, and so not taken.
     """
-    decided = standing(lines)
     found = {}
-    for case in cohort.cases:
-        if case.as_planned.role is not Role.UNLABELLED:
-            continue
-        human = case.added if case.patient not in held_out_patients else None
-        answered = set(human.classes or cohort.class_values) if human else set()
-        decisions = decided.get(case.case_id, CaseDecisions()).without(answered)
+    for case, human, _, decisions in said_of_cases(cohort, lines, held_out_patients=held_out_patients):
         hold = CaseHold(
             taken_out=decisions.taken_out,
             accepted=decisions.accepted,
@@ -85,6 +79,19 @@ def holds_of(
         if hold != CaseHold():
             found[case.case_id] = hold
     return found
+
+
+def said_of_cases(
+    cohort: Cohort, lines: Sequence[DecisionLine], *, held_out_patients: frozenset[str]
+) -> Iterator[tuple[Case, Addition | None, frozenset[int], CaseDecisions]]:
+    """Give each case that a run labels, its later human label, the classes drawn there, and the decisions on others."""
+    decided = standing(lines)
+    for case in cohort.cases:
+        if case.as_planned.role is not Role.UNLABELLED:
+            continue
+        human = case.added if case.patient not in held_out_patients else None
+        drawn = frozenset(human.classes or cohort.class_values) if human else frozenset()
+        yield case, human, drawn, decided.get(case.case_id, CaseDecisions()).without(drawn)
 
 
 def holds_to_json(holds: Holds) -> dict[str, Any]:
