@@ -85,29 +85,29 @@ def _hand_over(args: argparse.Namespace, folders: DatasetFolders) -> None:
 def _take_in(args: argparse.Namespace, folders: DatasetFolders) -> None:
     from nnunet_sam2.cohort.cohort import Cohort
     from nnunet_sam2.progress import say
+    from nnunet_sam2.report.run_files import RunFiles
     from nnunet_sam2.review.agreement import LITTLE, agreement
     from nnunet_sam2.review.take_in import class_values_of, take_in
-    from nnunet_sam2.rounds.options import RunOptions
-    from nnunet_sam2.rounds.state import find_runs, read_state
+    from nnunet_sam2.rounds.state import find_runs
 
     classes = None if args.classes is None else [part.strip() for part in args.classes.split(",") if part.strip()]
     taken = take_in(
         folders.raw, args.files, case_id=args.case, classes=classes, replace=args.replace, allow_empty=args.allow_empty
     )
-    runs = find_runs(folders)[-1:]
+    run = next((RunFiles.open(folders, path) for path in reversed(find_runs(folders))), None)
     values = None if classes is None else class_values_of(Cohort.load(folders.raw), classes)
     for case_id, label in taken:
         part = "" if classes is None else f" of {', '.join(classes)}"
         say(f"{case_id}: human label{part} {label}")
-        dice = agreement(folders, runs[0], case_id, label, classes=values) if runs else {}
+        dice = agreement(run, case_id, label, classes=values) if run else {}
         if dice:
             told = ", ".join(f"{name} {value:.2f}" for name, value in dice.items())
             say(f"{case_id}: Dice with the label that the run had drawn: {told}")
             if sum(dice.values()) / len(dice) < LITTLE:
                 say(f"{case_id}: that is little; if the file is another case's, give the right one with --replace")
-    for path in runs:
-        command = RunOptions.from_json(read_state(folders, path.name).options, where=path).command(folders.dataset_id)
-        say(f"learnt from the next round on; what goes on with run {path.name}: {command}")
+    if run:
+        command = run.options.command(folders.dataset_id)
+        say(f"learnt from the next round on; what goes on with run {run.folder.name}: {command}")
 
 
 def _count(text: str) -> int:

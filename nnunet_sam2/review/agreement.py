@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.report.run_files import RunFiles
 from nnunet_sam2.rounds.ending.convergence import class_change
 from nnunet_sam2.volumes import read_label
@@ -14,17 +13,15 @@ LITTLE = 0.3
 
 
 def agreement(
-    folders: DatasetFolders, run: Path, case_id: str, label: Path, *, classes: tuple[int, ...] | None = None
+    files: RunFiles, case_id: str, label: Path, *, classes: tuple[int, ...] | None = None
 ) -> dict[str, float]:
     """Return the Dice of a label file with the run's newest label of a case, by class; empty where the run has none.
 
     ``classes`` are those that the file answers for, None for all. Classes that neither shows are left out.
     """
-    files = RunFiles.open(folders, run)
-    shown = files.label_files(files.cohort.case(case_id))
-    machine = shown.get("last", shown.get("first"))
+    machine = files.newest_label(files.cohort.case(case_id))
     if machine is None:
         return {}
     values = classes or files.cohort.class_values
-    changes = class_change(read_label(machine)[0], read_label(label)[0], values)
+    changes = class_change(read_label(machine[0])[0], read_label(label)[0], values)
     return {files.class_names[value]: 1.0 - change for value, change in changes.items()}
