@@ -17,10 +17,11 @@ import psutil
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.storage import read_json, write_json
 
-LOCK_FILE = "run.lock"
-OWNER_FILE = "run.owner"
 if TYPE_CHECKING:
     from filelock import BaseFileLock
+
+LOCK_FILE = "run.lock"
+OWNER_FILE = "run.owner"
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What file systems without locks answer."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_sam2.rounds.disk import folder_bytes
 from nnunet_sam2.rounds.estimate.clock import Clock, StopWatch, peak_gpu_memory, peak_memory
 from nnunet_sam2.rounds.estimate.sizes import walked_axes
 from nnunet_sam2.storage import file_hash, read_json, write_json
@@ -48,7 +49,7 @@ def _measure(request: dict[str, Any], folder: Path, begun: StopWatch) -> dict[st
         supports = [_support(cohort, case_id, backend, slice_axis, request) for case_id in request["supports"]]
         queries = [_query(cohort, case_id, backend, slice_axis, request) for case_id in request["queries"]]
     answer["encoded_slices"] = sum(len(case.frames) for case in (*supports, *queries))
-    answer["encoded_bytes"] = _folder_bytes(folder / "embeddings")
+    answer["encoded_bytes"] = folder_bytes(folder / "embeddings")
     with Clock(answer, "reading"):
         for case in supports:
             if EmbeddingCache(folder / "embeddings").get(case.embeddings.key) is None:
@@ -217,10 +218,6 @@ def _part(case: Any, slice_axis: int, request: dict[str, Any], middle: Sequence[
         start.append(first)
         stop.append(first + length)
     return tuple(start), tuple(stop)
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 if __name__ == "__main__":
