@@ -43,6 +43,7 @@ class Frames:
         slice_axis: int,
         channels: tuple[int, int, int],
         windows: Sequence[tuple[float, float]],
+        calibrated: bool = False,
     ) -> None:
         if size < 16 or size % 16:
             raise InputError(f"frame size {size} is not a positive multiple of 16")
@@ -57,6 +58,7 @@ class Frames:
         self.slice_axis = slice_axis
         self.channels = channels
         self.windows = tuple((float(low), float(high)) for low, high in windows)
+        self.calibrated = calibrated
         self._array_cnhw = np.moveaxis(array_czyx, slice_axis + 1, 1)
         self._key: str | None = None
 
@@ -68,30 +70,38 @@ class Frames:
         size: int,
         slice_axis: int | None = None,
         channels: tuple[int, int, int] | None = None,
+        windows: Mapping[int, tuple[float, float]] | None = None,
         lower_percentile: float = 0.5,
         upper_percentile: float = 99.5,
     ) -> Frames:
         """Make the frames of a volume.
 
         ``slice_axis`` defaults to `choose_slice_axis`. ``channels`` names the volume's channels that become red, green
-        and blue; by default those of a three-channel volume in order, else the first one three times. Intensities are
-        clipped, a channel at a time, to percentiles of the whole volume's voxels above its minimum (the minimum is the
-        background of MR and CT; in slices alone the percentiles would make the contrast jump from frame to frame).
+        and blue, by default `default_channels`. Intensities are clipped, a channel at a time, to its window in
+        ``windows``, else to percentiles of the whole volume's voxels above its minimum (the minimum is the background
+        of MR; in slices alone the percentiles would make the contrast jump from frame to frame). Frames whose channels
+        all have a window are ``calibrated``: equal values mean the same in every volume.
         """
         array_czyx = np.asarray(volume.array_czyx)
         if channels is None:
-            channels = (0, 1, 2) if array_czyx.shape[0] == 3 else (0, 0, 0)
+            channels = default_channels(array_czyx.shape[0])
+        given = windows or {}
         used = sorted(set(channels) & set(range(array_czyx.shape[0])))
-        windows = [(0.0, 1.0)] * array_czyx.shape[0]
+        windows_c = [(0.0, 1.0)] * array_czyx.shape[0]
         for channel in used:
-            windows[channel] = intensity_window(array_czyx[channel], lower_percentile, upper_percentile)
+            windows_c[channel] = (
+                given[channel]
+                if channel in given
+                else intensity_window(array_czyx[channel], lower_percentile, upper_percentile)
+            )
         return cls(
             array_czyx=array_czyx,
             geometry=volume.geometry,
             size=size,
             slice_axis=choose_slice_axis(volume.geometry) if slice_axis is None else slice_axis,
             channels=channels,
-            windows=windows,
+            windows=windows_c,
+            calibrated=all(channel in given for channel in used),
         )
 
     @classmethod
@@ -118,6 +128,7 @@ class Frames:
             slice_axis=slice_axis,
             channels=self.channels,
             windows=self.windows,
+            calibrated=self.calibrated,
         )
 
     def remapped(self, curves: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> Frames:
@@ -158,6 +169,7 @@ class Frames:
             slice_axis=self.slice_axis,
             channels=self.channels,
             windows=self.windows,
+            calibrated=self.calibrated,
         )
 
     def __len__(self) -> int:
@@ -272,6 +284,11 @@ class Frames:
         if high <= low:
             return np.zeros_like(plane)
         return np.asarray((np.clip(plane, low, high) - low) / np.float32(high - low), dtype=np.float32)
+
+
+def default_channels(count: int) -> tuple[int, int, int]:
+    """Return which of a volume's channels become red, green and blue: the first ones; of two, the first comes again."""
+    return {1: (0, 0, 0), 2: (0, 1, 0)}.get(count, (0, 1, 2))
 
 
 def _as_float32(plane: np.ndarray | torch.Tensor) -> np.ndarray:

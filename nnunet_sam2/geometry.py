@@ -94,13 +94,18 @@ def _short(values: tuple[float, ...]) -> str:
 
 
 def choose_slice_axis(geometry: Geometry) -> int:
-    """Return the array axis (z, y, x) whose spacing is clearly the largest, else 0; a single slice is axis 0."""
-    if geometry.shape_zyx[0] == 1:
-        return 0
+    """Return the array axis (z, y, x) whose spacing is clearly the largest, else 0; a single slice has its own."""
+    if (single := single_slice_axis(geometry)) is not None:
+        return single
     spacing = geometry.spacing_zyx_mm
     largest = int(np.argmax(spacing))
     others = max(s for axis, s in enumerate(spacing) if axis != largest)
     return largest if spacing[largest] > ANISOTROPY_THRESHOLD * others else 0
+
+
+def single_slice_axis(geometry: Geometry) -> int | None:
+    """Return the array axis along which there is one slice alone, the first where there are several, else None."""
+    return geometry.shape_zyx.index(1) if 1 in geometry.shape_zyx else None
 
 
 def view_axes(geometry: Geometry, slice_axis: int, *, least_slices: int = 16) -> tuple[int, ...]:

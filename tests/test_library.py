@@ -19,11 +19,11 @@ from nnunet_sam2.labelling.registry import make_strategy, parse_settings
 from nnunet_sam2.sam2.backend import load_backend
 from nnunet_sam2.support.library import (
     choose_supports,
-    cohort_slice_axis,
     load_query,
     read_probabilities,
     write_probabilities,
 )
+from nnunet_sam2.support.showing import cohort_slice_axis
 from nnunet_sam2.volumes import read_label, read_map
 
 

@@ -96,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_sam2.progress import say
     from nnunet_sam2.sam2.backend import load_backend
     from nnunet_sam2.support.library import choose_supports
+    from nnunet_sam2.support.showing import told_orientations
 
     folders = find_dataset(args.dataset)
     cohort = Cohort.load(folders.raw)
@@ -116,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
     )
     say(f"SAM 2: {backend.spec.origin}, {backend.spec.image_size} pixels")
+    if stored := told_orientations(cohort):
+        say(f"note: {stored}")
     quality = QualityOptions() if args.quality != "off" else None
     records = label_cases(
         cohort=cohort,

@@ -36,6 +36,8 @@ class CheckedCase:
     voxel_hash: str
     placed_hash: str
     """Hash of the voxels in patient order: equal for one image however its axes are stored."""
+    lowest: float
+    """The least value of any channel."""
     label_values: frozenset[int]
     """Foreground values in the label or hidden label, as in the source's file."""
     copy_images: tuple[bool, ...]
@@ -153,6 +155,7 @@ def _check_case(case: SourceCase, table: LabelTable | None, policy: ReadPolicy) 
         geometry=geometry,
         voxel_hash=voxel_hash(stacked),
         placed_hash=placed_voxel_hash(stacked, geometry),
+        lowest=float(stacked.min()),
         label_values=values,
         copy_images=tuple(
             not picture and is_plain_nifti_gz(path) and name not in repairs and _same_for_nnunet(geometry, own)

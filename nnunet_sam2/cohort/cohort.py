@@ -21,6 +21,8 @@ UNLABELLED_IMAGES, HIDDEN_LABELS = "imagesUn", "labelsHidden"
 TEST_IMAGES, TEST_LABELS = "imagesTs", "labelsTs"
 ADDED_LABELS = "labelsAdded"
 """Folder of human labels that came after the dataset was made; no file in it is ever changed."""
+CT = "ct"
+"""Name, in any case, of a channel of Hounsfield units, as nnU-Net has it."""
 IGNORE = "ignore"
 """Name of nnU-Net's ignore label in the label table."""
 

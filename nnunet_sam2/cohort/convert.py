@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_sam2.cohort.checks import CheckedCase, check_cases, check_duplicates
-from nnunet_sam2.cohort.cohort import ADDED_LABELS, COHORT_FILE, Cohort, Role
+from nnunet_sam2.cohort.cohort import ADDED_LABELS, COHORT_FILE, CT, Cohort, Role
 from nnunet_sam2.cohort.labels import LabelTable, LabelValue, make_label_table, table_from_values
 from nnunet_sam2.cohort.layouts import Found, SourceCase, find
 from nnunet_sam2.cohort.layouts.folder import TEST
@@ -23,8 +23,12 @@ from nnunet_sam2.cohort.write import choose_ending, write_dataset
 from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.files.repairs import STRICT, ReadPolicy
 from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.orientation import common_direction, orientation_note
 from nnunet_sam2.progress import say
 from nnunet_sam2.storage import TEMPORARY_MARK, atomic_folder, file_hash
+
+_AIR = -900.0
+"""Hounsfield units below which there is nothing but air."""
 
 _TEST_DRAW, _LABELLED_DRAW, _UNLABELLED_DRAW = 1, 2, 3
 
@@ -117,7 +121,7 @@ def _convert_folder(
         table = table_from_values({value: case.label_file for case in checked for value in case.label_values})
     patient_of = check_duplicates(checked, assignment.role_of, assignment.patient_of)
     channels = _channel_names(found, checked, options)
-    for text in _advice(found, cases, checked, assignment, table, options):
+    for text in _advice(found, cases, checked, assignment, table, channels, options):
         tell(f"note: {text}")
     cohort = Cohort(
         name=folders.name,
@@ -284,10 +288,21 @@ def _advice(
     checked: list[CheckedCase],
     assignment: Assignment,
     table: LabelTable,
+    channels: Sequence[str],
     options: ConvertOptions,
 ) -> list[str]:
     """Collect what deserves a line but is no reason to refuse."""
     notes = [note for case in checked for note in case.notes]
+    geometries = {case.case_id: case.geometry for case in checked}
+    labelled = [geometries[c] for c in geometries if assignment.role_of[c] is Role.LABELLED]
+    if stored := orientation_note(geometries.values(), common_direction(labelled)):
+        notes.append(stored)
+    air = sorted(case.case_id for case in checked if case.lowest <= _AIR)
+    if len(air) == len(checked) and CT not in map(str.casefold, channels):
+        notes.append(
+            f"every image goes down to {_AIR:g} or below, as CT does, and no channel is called CT; if it is CT, say so "
+            "with --channels CT, and it is windowed around the labelled classes"
+        )
     if options.channels and found.channels:
         here, there = (", ".join(names) for names in (found.channels, options.channels))
         if here.lower() != there.lower():

@@ -28,12 +28,13 @@ from nnunet_sam2.sam2.protocol import Sam2Backend
 from nnunet_sam2.storage import file_hash, read_json, value_hash, write_json
 from nnunet_sam2.support.cases import Query, Support
 from nnunet_sam2.support.library import PROBABILITIES, load_query, load_supports, write_probabilities
+from nnunet_sam2.support.showing import Showing
 from nnunet_sam2.volumes import read_label, write_label, write_map
 
 CONFIDENCE = "confidence"
 """Folder of the confidence maps beside the labels."""
 
-_VERSION = 1
+_VERSION = 2
 """Raised when the same inputs give other labels than before, so that old ones are not taken for current."""
 
 
@@ -61,6 +62,7 @@ class Job:
     student_probabilities: Path | None
     fusion: FusionOptions
     slice_axis: int
+    showing: Showing
     quality: QualityOptions | None
     calibration: Calibration | None
     """None for the labelled cases that calibrate."""
@@ -84,6 +86,8 @@ class Job:
                 "class_values": cohort.class_values,
                 "ignore_value": cohort.ignore_value,
                 "slice_axis": self.slice_axis,
+                "direction": self.showing.direction,
+                "channels": cohort.channels,
                 "strategy": [self.strategy.name, options_json(self.strategy.options)],
                 "fusion": options_json(self.fusion),
                 "sam2": _sam2_identity(self.backend),
@@ -127,6 +131,7 @@ class Job:
             self.backend,
             slice_axis=self.slice_axis,
             student_probabilities=self._student_folder,
+            showing=self.showing,
         )
         if isinstance(self.strategy, PreparesCohort):
             cases = _CohortCases(job=self)
@@ -143,6 +148,7 @@ class Job:
             self.backend,
             slice_axis=self.slice_axis,
             student_probabilities=self._student_folder,
+            showing=self.showing,
         )
 
     def label(self, case: Case, ready: Ready, key: str) -> dict[str, Any]:
@@ -164,6 +170,7 @@ class Job:
             "sam2": dataclasses.asdict(self.backend.spec),
             "seed": self.seed,
             "supports": [support.case_id for support in others],
+            "shown": self.showing.record(query.frames, self.showing.turn(case)),
             "prepared": ready.prepared,
             "dice_with_human_label": self._dice(case, supports, pseudo),
             "quality": ready.probe and quality_record(ready.probe.measure(query, pseudo, others), self.calibration),
@@ -179,10 +186,11 @@ class Job:
         )
         # A record of other inputs must not stand beside the new files if the process dies between them.
         record.unlink(missing_ok=True)
-        write_label(label, pseudo.label_zyx, case.geometry)
-        write_map(confidence, pseudo.confidence_zyx, case.geometry)
+        turn = self.showing.turn(case)
+        write_label(label, turn.undo(pseudo.label_zyx), case.geometry)
+        write_map(confidence, turn.undo(pseudo.confidence_zyx), case.geometry)
         for path in more:
-            write_probabilities(path, pseudo.prob_czyx)
+            write_probabilities(path, turn.undo(pseudo.prob_czyx))
         return {path.relative_to(self.out).as_posix(): file_hash(path) for path in (label, confidence, *more)}
 
     def _dice(self, case: Case, supports: Sequence[Support], pseudo: PseudoLabel) -> dict[str, float | None] | None:
@@ -191,7 +199,8 @@ class Job:
             return None
         known = next((s.label_zyx for s in supports if s.case_id == case.case_id), None)
         if known is None:
-            known, _ = read_label(self.cohort.label_path(case))
+            stored, _ = read_label(self.cohort.label_path(case))
+            known = self.showing.turn(case).apply(stored)
         table = dice_by_class(pseudo.label_zyx, known, self.cohort.class_values, ignore_value=self.cohort.ignore_value)
         return {str(value): dice for value, dice in table.items()}
 

@@ -18,7 +18,7 @@ from nnunet_sam2.labelling.records import CALIBRATION
 from nnunet_sam2.labelling.strategy import BringsFusion, Limits, Strategy
 from nnunet_sam2.progress import track
 from nnunet_sam2.sam2.protocol import Sam2Backend
-from nnunet_sam2.support.library import cohort_slice_axis
+from nnunet_sam2.support.showing import Showing, cohort_direction, cohort_slice_axis, shown_geometry
 
 
 def label_cases(
@@ -70,6 +70,7 @@ def label_cases(
         student_probabilities=student_probabilities,
         fusion=_fusion(strategy, fusion or FusionOptions()),
         slice_axis=cohort_slice_axis(cohort),
+        showing=Showing(cohort=cohort, support_ids=tuple(support_ids)),
         quality=quality,
         calibration=None,
     )
@@ -136,9 +137,10 @@ def _check(
             raise InputError(f"case {case_id} has no support left: a case cannot support itself; label another case")
     require_memory(strategy, backend)
     if isinstance(strategy, Limits):
-        slice_axis = cohort_slice_axis(cohort)
+        slice_axis, direction = cohort_slice_axis(cohort), cohort_direction(cohort)
         for case_id in case_ids:
-            strategy.check(case_id, cohort.case(case_id).geometry.shape_zyx[slice_axis])
+            shown = shown_geometry(cohort.case(case_id).geometry, direction)
+            strategy.check(case_id, shown.shape_zyx[slice_axis])
     if uses_student:
         if student_probabilities is None:
             raise InputError(f"strategy {strategy.name} needs the student's probabilities (--student FOLDER)")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import permutations
 
 import numpy as np
 
 from nnunet_sam2.geometry import Geometry
+from nnunet_sam2.orientation import physical_axes, turn_to
 
 ANISOTROPIC = 1.2
 """Ratio of the largest spacing to the next from which on its axis is the one that is stepped through."""
@@ -43,7 +43,7 @@ def choose_view(geometry: Geometry, *, picture: bool = False) -> View:
     """Choose the view of a volume: along its coarsest axis, else axial; pictures stay as they are."""
     if picture:
         return View(axes=(0, 1, 2), flips=(False, False), spacing_mm=(1, 1, 1), plane="picture", letters=None)
-    physical, grows = _physical_axes(geometry)
+    physical, grows = physical_axes(geometry.direction)
     spacing = geometry.spacing_zyx_mm
     order = np.argsort(spacing)
     coarsest = int(order[-1])
@@ -64,18 +64,5 @@ def choose_view(geometry: Geometry, *, picture: bool = False) -> View:
 
 def upright(array_zyx: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, tuple[float, float, float]]:
     """Return the array with axes upwards, to the back and to the patient's left, and its spacing in mm along them."""
-    physical, grows = _physical_axes(geometry)
-    axes = [physical.index(p) for p in (2, 1, 0)]
-    array = np.transpose(array_zyx, axes)
-    flips = tuple(slice(None, None, 1 if grows[axis] else -1) for axis in axes)
-    z, y, x = (geometry.spacing_zyx_mm[axis] for axis in axes)
-    return array[flips], (z, y, x)
-
-
-def _physical_axes(geometry: Geometry) -> tuple[list[int], list[bool]]:
-    """Return, for each array axis, the physical axis (x 0, y 1, z 2) that it follows most, and whether it grows."""
-    matrix = np.reshape(geometry.direction, (3, 3))
-    # Columns belong to the image axes x, y, z; array axes come in the opposite order.
-    along = matrix[:, ::-1]
-    best = max(permutations(range(3)), key=lambda p: sum(abs(along[p[axis], axis]) for axis in range(3)))
-    return list(best), [bool(along[best[axis], axis] >= 0) for axis in range(3)]
+    turn = turn_to(geometry)
+    return turn.apply(array_zyx), turn.geometry(geometry).spacing_zyx_mm

@@ -14,6 +14,7 @@ from nnunet_sam2.cohort.cohort import Case, Cohort
 from nnunet_sam2.errors import StageError
 from nnunet_sam2.geometry import choose_slice_axis, view_axes
 from nnunet_sam2.machine import nearest_existing
+from nnunet_sam2.orientation import turn_to
 
 # Bytes a voxel of the image's own grid; above what runs on hippocampus, chaos_t2_mr and acdc wrote (label 0.02,
 # confidence 0.8, a channel's probabilities 0.1) and above what untrained networks make (confidence 1.3, probabilities
@@ -202,7 +203,7 @@ def _voxels(case: Case) -> int:
 
 
 def _slices(case: Case) -> int:
-    geometry = case.geometry
+    geometry = turn_to(case.geometry).geometry(case.geometry)
     return sum(geometry.shape_zyx[axis] for axis in view_axes(geometry, choose_slice_axis(geometry)))
 
 

@@ -29,6 +29,7 @@ from nnunet_sam2.rounds.room import Room
 from nnunet_sam2.rounds.state import RunState, read_state, run_folder, state_of_events
 from nnunet_sam2.rounds.training_stages import Student, TrainingStages
 from nnunet_sam2.storage import read_json, remove_temporary_files
+from nnunet_sam2.support.showing import told_orientations
 from nnunet_sam2.trainers.settings import SETTINGS_KEY
 
 PLANNED_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
@@ -51,6 +52,8 @@ def run_loop(folders: DatasetFolders, options: RunOptions, *, report: Report | N
     folder = run_folder(folders, options.run_name)
     refuse_unusable(folders, cohort, options)
     check_unchanged(cohort)
+    if stored := told_orientations(cohort):
+        say(f"note: {stored}")
     if not (folder / LEDGER_FILE).is_file():
         load_labeller(options, cache_dir=None)
     with only_run(folder) as left:

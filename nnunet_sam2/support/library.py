@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,25 +11,16 @@ import numpy as np
 
 from nnunet_sam2.cohort.cohort import Case, Cohort, Role
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.frames import Frames
-from nnunet_sam2.geometry import choose_slice_axis
+from nnunet_sam2.orientation import Turn
 from nnunet_sam2.progress import track
 from nnunet_sam2.sam2.protocol import Sam2Backend
 from nnunet_sam2.storage import write_stream
 from nnunet_sam2.support.cases import Query, Support
-from nnunet_sam2.volumes import read_label, read_volume
+from nnunet_sam2.support.showing import Showing
+from nnunet_sam2.volumes import Volume, read_label, read_volume
 
 PROBABILITIES = "probabilities"
 PROBABILITY_KEY = "prob_czyx"
-
-
-def cohort_slice_axis(cohort: Cohort) -> int:
-    """Choose one slice axis for the whole cohort: the one that most labelled cases would choose, the first in a tie.
-
-    Supports and queries must show the same plane; a few volumes with another spacing must not turn theirs.
-    """
-    counts = Counter(choose_slice_axis(case.geometry) for case in cohort.labelled or cohort.cases)
-    return min(counts, key=lambda axis: (-counts[axis], axis))
 
 
 def choose_supports(cohort: Cohort, wanted: str | Sequence[str] | None = None) -> tuple[str, ...]:
@@ -64,12 +54,19 @@ def load_supports(
     *,
     slice_axis: int,
     student_probabilities: Path | None = None,
+    showing: Showing | None = None,
 ) -> list[Support]:
     """Read and encode the labelled cases, behind a progress bar; each must show at least one class."""
+    showing = showing or Showing(cohort=cohort, support_ids=tuple(case_ids))
     supports = []
     for case_id in track(case_ids, what="encoding supports", total=len(case_ids)):
         support = load_support(
-            cohort, cohort.case(case_id), backend, slice_axis=slice_axis, student_probabilities=student_probabilities
+            cohort,
+            cohort.case(case_id),
+            backend,
+            slice_axis=slice_axis,
+            student_probabilities=student_probabilities,
+            showing=showing,
         )
         supports.append(support)
     if not any(np.isin(support.label_zyx, cohort.class_values).any() for support in supports):
@@ -78,21 +75,31 @@ def load_supports(
 
 
 def load_support(
-    cohort: Cohort, case: Case, backend: Sam2Backend, *, slice_axis: int, student_probabilities: Path | None = None
+    cohort: Cohort,
+    case: Case,
+    backend: Sam2Backend,
+    *,
+    slice_axis: int,
+    student_probabilities: Path | None = None,
+    showing: Showing | None = None,
 ) -> Support:
-    """Read and encode one labelled case."""
-    query = load_query(cohort, case, backend, slice_axis=slice_axis, student_probabilities=student_probabilities)
+    """Read and encode one labelled case, in the shown order of axes; see `load_query`."""
+    showing = showing or Showing(cohort=cohort, support_ids=(case.case_id,))
+    query = load_query(
+        cohort, case, backend, slice_axis=slice_axis, student_probabilities=student_probabilities, showing=showing
+    )
+    turn = showing.turn(case)
     path = cohort.label_path(case)
     ignore = cohort.ignore_value
     allowed = [*cohort.class_values, *([] if ignore is None else [ignore])]
-    label_zyx, geometry = read_label(path, allowed=allowed)
-    if difference := query.geometry.mismatch(geometry):
+    stored_zyx, geometry = read_label(path, allowed=allowed)
+    if difference := query.geometry.mismatch(turn.geometry(geometry)):
         raise InputError(f"{path} and its image differ in {difference}; resample one of them")
     return Support(
         case_id=case.case_id,
         frames=query.frames,
         embeddings=query.embeddings,
-        label_zyx=label_zyx,
+        label_zyx=turn.apply(stored_zyx),
         geometry=query.geometry,
         ignore_value=ignore,
         student_prob_czyx=query.student_prob_czyx,
@@ -100,16 +107,28 @@ def load_support(
 
 
 def load_query(
-    cohort: Cohort, case: Case, backend: Sam2Backend, *, slice_axis: int, student_probabilities: Path | None = None
+    cohort: Cohort,
+    case: Case,
+    backend: Sam2Backend,
+    *,
+    slice_axis: int,
+    student_probabilities: Path | None = None,
+    showing: Showing | None = None,
 ) -> Query:
-    """Read and encode one case without looking at any label."""
-    volume = read_volume(cohort.image_paths(case))
-    frames = Frames.from_volume(volume, size=backend.spec.image_size, slice_axis=slice_axis)
+    """Read and encode one case without looking at any label.
+
+    All arrays come in the order of axes in which the cohort is shown (``showing.turn(case)``, of the file's own where
+    nothing is turned), and ``slice_axis`` counts in it.
+    """
+    showing = showing or Showing(cohort=cohort, support_ids=())
+    turn = showing.turn(case)
+    volume = read_turned(cohort, case, turn)
+    frames = showing.frames(volume, size=backend.spec.image_size, slice_axis=slice_axis)
     student = None
     if student_probabilities is not None:
         path = student_probabilities / f"{case.case_id}.npz"
         if path.is_file():
-            student = read_probabilities(path)
+            student = turn.apply(read_probabilities(path))
             expected = (len(cohort.class_values) + 1, *volume.geometry.shape_zyx)
             if student.shape != expected:
                 raise InputError(
@@ -122,6 +141,12 @@ def load_query(
         geometry=volume.geometry,
         student_prob_czyx=student,
     )
+
+
+def read_turned(cohort: Cohort, case: Case, turn: Turn) -> Volume:
+    """Read a case's image with its axes turned."""
+    stored = read_volume(cohort.image_paths(case))
+    return Volume(array_czyx=turn.apply(stored.array_czyx), geometry=turn.geometry(stored.geometry))
 
 
 def read_probabilities(path: Path) -> np.ndarray:

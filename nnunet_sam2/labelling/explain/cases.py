@@ -87,6 +87,7 @@ def _record_text(folder: Path, path: Path, record: Json, names: Mapping[str, str
         f"  SAM 2: {sam2['name']} at {sam2['image_size']} pixels; seed {record['seed']}",
         f"  options: {options}",
         f"  supports: {', '.join(record['supports']) or 'none'}",
+        *_shown(record),
         f"  {_counted(members)}; components kept: {record['fusion']['components']}",
     ]
     human = record.get("dice_with_human_label")
@@ -101,6 +102,27 @@ def _record_text(folder: Path, path: Path, record: Json, names: Mapping[str, str
         lines += _listed(left_out, "    left out: ")
     lines += [f"  left out: {sentence}" for sentence in _unused_supports(record, members)]
     return "\n".join(lines)
+
+
+def _shown(record: Json) -> list[str]:
+    """Say what SAM 2 saw of the images: channels, windows, and how the file was turned."""
+    shown = record.get("shown")
+    if not shown:
+        return []
+    planes = [
+        f"{name} from {low:g} to {high:g}"
+        for name, (low, high) in zip(shown["channels"], shown["windows"], strict=True)
+    ]
+    red, green, blue = planes
+    text = f"  shown: {red}" if len(set(planes)) == 1 else f"  shown: red {red}, green {green}, blue {blue}"
+    turned = shown["turned"]
+    if not turned:
+        return [text]
+    axes = [
+        f"{'the reverse of ' if flip else ''}{'zyx'[axis]}"
+        for axis, flip in zip(turned["axes_zyx"], turned["flips_zyx"], strict=True)
+    ]
+    return [text, f"  turned: the axes z, y, x of slices and places below are {', '.join(axes)} of the file"]
 
 
 def _measured(record: Json, value: str, human: Mapping[str, float | None] | None) -> str:

@@ -19,7 +19,8 @@ from nnunet_sam2.labelling.quality.record import quality_record, read_features
 from nnunet_sam2.progress import track
 from nnunet_sam2.sam2.protocol import Sam2Backend
 from nnunet_sam2.storage import file_hash, read_json, value_hash, write_json
-from nnunet_sam2.support.library import PROBABILITIES, cohort_slice_axis, load_query, load_supports, read_probabilities
+from nnunet_sam2.support.library import PROBABILITIES, load_query, load_supports, read_probabilities
+from nnunet_sam2.support.showing import Showing, cohort_slice_axis
 from nnunet_sam2.volumes import read_label
 
 
@@ -38,7 +39,7 @@ def measure_folder(
     ``LABELS/probabilities/CASE.npz`` must lie beside. A case that was measured from the same files is not done again.
     """
     options = options or QualityOptions()
-    slice_axis = cohort_slice_axis(cohort)
+    slice_axis, showing = cohort_slice_axis(cohort), Showing(cohort=cohort, support_ids=tuple(support_ids))
     known = [[s, file_hash(cohort.label_path(cohort.case(s)))] for s in support_ids]
     keys = {}
     for case_id in case_ids:
@@ -49,20 +50,24 @@ def measure_folder(
                 known,
                 backend.spec.checkpoint_hash,
                 slice_axis,
+                showing.direction,
                 *(file_hash(path) for path in made_from),
             ]
         )
     pending = [case_id for case_id in case_ids if _key(out / f"{case_id}.json") != keys[case_id]]
     if pending:
-        supports = load_supports(cohort, support_ids, backend, slice_axis=slice_axis)
+        supports = load_supports(cohort, support_ids, backend, slice_axis=slice_axis, showing=showing)
         probe = QualityProbe(cohort.class_values, options)
         for case_id in track(pending, what="judging labels", total=len(pending)):
-            query = load_query(cohort, cohort.case(case_id), backend, slice_axis=slice_axis)
+            case = cohort.case(case_id)
+            query = load_query(cohort, case, backend, slice_axis=slice_axis, showing=showing)
             label_zyx, _ = read_label(labels / f"{case_id}{cohort.file_ending}")
+            prob_czyx = read_probabilities(labels / PROBABILITIES / f"{case_id}.npz")
+            turn = showing.turn(case)
             pseudo = PseudoLabel(
-                label_zyx=label_zyx,
+                label_zyx=turn.apply(label_zyx),
                 confidence_zyx=np.zeros(0, np.float32),
-                prob_czyx=normalised(as_probability(read_probabilities(labels / PROBABILITIES / f"{case_id}.npz"))),
+                prob_czyx=normalised(as_probability(turn.apply(prob_czyx))),
             )
             others = [support for support in supports if support.case_id != case_id]
             features = probe.measure(query, pseudo, others)

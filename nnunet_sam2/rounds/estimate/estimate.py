@@ -140,7 +140,7 @@ def _estimator(
     several: bool,
     features_bytes: int,
 ) -> RunEstimator:
-    from nnunet_sam2.support.library import cohort_slice_axis
+    from nnunet_sam2.support.showing import cohort_direction, cohort_slice_axis
 
     plans = read_plans(folders) if plans_path(folders).is_file() else None
     planned = plans is not None and _is_planned(folders, options)
@@ -154,6 +154,7 @@ def _estimator(
         labelling=LabellingCosts(
             answer=measured.labelling,
             slice_axis=cohort_slice_axis(cohort),
+            direction=cohort_direction(cohort),
             several_views=several,
             supports=supports,
             classes=len(cohort.class_values),

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from nnunet_sam2.cohort.cohort import Case
+from nnunet_sam2.geometry import IDENTITY_DIRECTION, Geometry
 from nnunet_sam2.labelling.quality.options import QualityOptions
 from nnunet_sam2.rounds.estimate.costs import Cost
 from nnunet_sam2.rounds.estimate.sizes import cells, voxels, walked_axes, walked_slices
+from nnunet_sam2.support.showing import shown_geometry
 
 _EMBEDDINGS_IN_MEMORY = 2**30
 _MAPS_PER_CASE = 4
@@ -23,6 +25,8 @@ class LabellingCosts:
     answer: dict[str, Any]
     slice_axis: int
     several_views: bool
+    direction: tuple[float, ...] = IDENTITY_DIRECTION
+    """The direction next to which all cases are brought (`cohort_direction`); ``slice_axis`` counts in it."""
     supports: Sequence[Case]
     classes: int
     memory_entries: int | None
@@ -57,7 +61,7 @@ class LabellingCosts:
 
     def label(self, case: Case, supports: Sequence[Case]) -> Cost:
         """Return what the members of a case and their fusion cost."""
-        ratio = self._walked(case.geometry.shape_zyx) / self._probed_slices
+        ratio = self._walked(self._shown(case).shape_zyx) / self._probed_slices
         return (Cost.of(self.answer, "labels") + self._per_support_slice * self._more_slices(supports)) * ratio
 
     def judge(self, case: Case) -> Cost:
@@ -77,7 +81,7 @@ class LabellingCosts:
     def refine(self, case: Case) -> Cost:
         """Return what labelling a case from a student's prompts costs."""
         probed = self._walked(self.answer["refined_shape_zyx"])
-        return Cost.of(self.answer, "refine") * (self._walked(case.geometry.shape_zyx) / probed)
+        return Cost.of(self.answer, "refine") * (self._walked(self._shown(case).shape_zyx) / probed)
 
     def memory_bytes(self, cases: Sequence[Case], channels: int) -> int:
         """Return the most memory of the labelling process: its embeddings, the supports, and the largest case."""
@@ -88,14 +92,17 @@ class LabellingCosts:
         return int(self.answer["memory_bytes"] + kept + supports + largest)
 
     def _own_slices(self, case: Case) -> int:
-        return int(case.geometry.shape_zyx[self.slice_axis])
+        return int(self._shown(case).shape_zyx[self.slice_axis])
+
+    def _shown(self, case: Case) -> Geometry:
+        return shown_geometry(case.geometry, self.direction)
 
     def _walked(self, shape_zyx: Sequence[int]) -> int:
-        axes = walked_axes(self.supports[0].geometry, self.slice_axis, several_views=self.several_views)
+        axes = walked_axes(self._shown(self.supports[0]), self.slice_axis, several_views=self.several_views)
         return walked_slices(shape_zyx, axes)
 
     def _looked_at(self, slices: float) -> float:
-        views = len(walked_axes(self.supports[0].geometry, self.slice_axis, several_views=self.several_views))
+        views = len(walked_axes(self._shown(self.supports[0]), self.slice_axis, several_views=self.several_views))
         return slices * max(views, 2 if self.several_views else 1)
 
     @property

@@ -35,7 +35,7 @@ def _measure(request: dict[str, Any], folder: Path, begun: StopWatch) -> dict[st
     from nnunet_sam2.rounds.context import load_labeller
     from nnunet_sam2.rounds.options import RunOptions
     from nnunet_sam2.sam2.cache import EmbeddingCache
-    from nnunet_sam2.support.library import cohort_slice_axis
+    from nnunet_sam2.support.showing import Showing, cohort_slice_axis
 
     answer: dict[str, Any] = {}
     cohort = Cohort.load(Path(request["raw"]))
@@ -44,10 +44,10 @@ def _measure(request: dict[str, Any], folder: Path, begun: StopWatch) -> dict[st
     answer["image_size"] = backend.spec.image_size
     answer["start"] = begun.read()
     answer["start_memory_bytes"] = peak_memory()
-    slice_axis = cohort_slice_axis(cohort)
+    slice_axis, showing = cohort_slice_axis(cohort), Showing(cohort=cohort, support_ids=tuple(request["supports"]))
     with Clock(answer, "encoding"):
-        supports = [_support(cohort, case_id, backend, slice_axis, request) for case_id in request["supports"]]
-        queries = [_query(cohort, case_id, backend, slice_axis, request) for case_id in request["queries"]]
+        supports = [_support(showing, case_id, backend, slice_axis, request) for case_id in request["supports"]]
+        queries = [_query(showing, case_id, backend, slice_axis, request) for case_id in request["queries"]]
     answer["encoded_slices"] = sum(len(case.frames) for case in (*supports, *queries))
     answer["encoded_bytes"] = folder_bytes(folder / "embeddings")
     with Clock(answer, "reading"):
@@ -173,30 +173,32 @@ def _as_student(label_zyx: np.ndarray, values: tuple[int, ...]) -> np.ndarray:
     return np.stack([label_zyx == value for value in (0, *values)]).astype(np.uint8) * 255
 
 
-def _query(cohort: Any, case_id: str, backend: Any, slice_axis: int, request: dict[str, Any]) -> Any:
-    from nnunet_sam2.frames import Frames
+def _query(showing: Any, case_id: str, backend: Any, slice_axis: int, request: dict[str, Any]) -> Any:
     from nnunet_sam2.support.cases import Query
-    from nnunet_sam2.volumes import read_volume
+    from nnunet_sam2.support.library import read_turned
 
-    volume = read_volume(cohort.image_paths(cohort.case(case_id)))
-    frames = Frames.from_volume(volume, size=backend.spec.image_size, slice_axis=slice_axis)
+    case = showing.cohort.case(case_id)
+    volume = read_turned(showing.cohort, case, showing.turn(case))
+    frames = showing.frames(volume, size=backend.spec.image_size, slice_axis=slice_axis)
     start, stop = _part(volume, slice_axis, request, [n // 2 for n in volume.geometry.shape_zyx])
     frames = frames.cropped(start, stop)
     return Query(case_id=case_id, frames=frames, embeddings=backend.embed(frames), geometry=frames.geometry)
 
 
-def _support(cohort: Any, case_id: str, backend: Any, slice_axis: int, request: dict[str, Any]) -> Any:
-    from nnunet_sam2.frames import Frames
+def _support(showing: Any, case_id: str, backend: Any, slice_axis: int, request: dict[str, Any]) -> Any:
     from nnunet_sam2.support.cases import Support
-    from nnunet_sam2.volumes import read_label, read_volume
+    from nnunet_sam2.support.library import read_turned
+    from nnunet_sam2.volumes import read_label
 
+    cohort = showing.cohort
     case = cohort.case(case_id)
-    volume = read_volume(cohort.image_paths(case))
-    label_zyx, _ = read_label(cohort.label_path(case))
+    turn = showing.turn(case)
+    volume = read_turned(cohort, case, turn)
+    label_zyx = turn.apply(read_label(cohort.label_path(case))[0])
     shown = np.argwhere(np.isin(label_zyx, cohort.class_values))
     middle = shown.mean(axis=0).astype(int).tolist() if len(shown) else [n // 2 for n in label_zyx.shape]
     start, stop = _part(volume, slice_axis, request, middle)
-    frames = Frames.from_volume(volume, size=backend.spec.image_size, slice_axis=slice_axis).cropped(start, stop)
+    frames = showing.frames(volume, size=backend.spec.image_size, slice_axis=slice_axis).cropped(start, stop)
     part = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
     return Support(
         case_id=case_id,

@@ -57,9 +57,11 @@ def contrast_like(
     Matching sends the query's landmarks to the mean of the supports' (Nyul, Udupa, Zhang, IEEE TMI 2000). It is done
     where the landmarks are far from every support's and the embeddings do not move away from theirs; inversion where it
     brings the embeddings clearly nearer. Nothing else speaks for a contrast that no labelled case has: among cases of
-    one sequence matching costs accuracy. Images of several channels are left as they are.
+    one sequence matching costs accuracy. Images of several channels and CT, whose values mean the same everywhere, are
+    left as they are.
     """
-    if len(set(query.frames.channels)) > 1 or any(len(set(s.frames.channels)) > 1 for s in supports):
+    frames = [query.frames, *(support.frames for support in supports)]
+    if any(one.calibrated or len(set(one.channels)) > 1 for one in frames):
         return query, {"taken": "as it is"}
     own = landmarks(query.frames)
     theirs = np.stack([landmarks(support.frames) for support in supports])
