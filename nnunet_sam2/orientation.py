@@ -102,7 +102,7 @@ class Turn:
         return [*range(leading), *(leading + axis for axis in axes)]
 
     def _flipped(self, array: np.ndarray) -> np.ndarray:
-        return np.flip(array, axis=[axis - 3 for axis, flip in enumerate(self.flips) if flip])
+        return np.flip(array, axis=tuple(axis - 3 for axis, flip in enumerate(self.flips) if flip))
 
 
 def turn_to(geometry: Geometry, reference: Sequence[float] = IDENTITY_DIRECTION) -> Turn:

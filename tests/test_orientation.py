@@ -1,4 +1,4 @@
-"""Orientation: headers bring files to one order of axes, exactly, and a cohort stored in many gets the labels of one."""
+"""Orientation: headers bring files to one order of axes, exactly; a cohort stored in many gets the labels of one."""
 
 from __future__ import annotations
 

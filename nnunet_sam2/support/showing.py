@@ -33,6 +33,8 @@ _SAMPLES = 10_000
 """Values taken of each case (as in nnU-Net's fingerprint), so that a large organ does not outweigh the other cases."""
 
 _PLANES = 3
+_LEAST_VARIANCE = 1e-4
+"""Variance that a class has in every channel at least (windowed values, 0 to 1): a constant one does not decide."""
 
 
 def cohort_direction(cohort: Cohort) -> tuple[float, ...]:
@@ -95,7 +97,7 @@ class Showing:
     def channels(self) -> tuple[int, int, int]:
         """Return the channels that become red, green and blue: up to three as they are, of more those that tell most.
 
-        That is the three by which the supports' classes and their background are told apart best by intensity alone
+        Those are the three by which the supports' classes and their background are told apart best by intensity alone
         (`class_separation`), in the cohort's order.
         """
         count = len(self.cohort.channels)
@@ -114,19 +116,17 @@ class Showing:
         """Return the windows of channels of known units (CT), by channel: around the classes' intensities.
 
         The percentiles are nnU-Net's (`PERCENTILES` of the voxels of all classes, as many of each case), the margin is
-        ours (`MARGIN`). Limits are rounded to a hundredth of the window, so that a support more or less seldom changes
-        them, and with them all embeddings.
+        ours (`MARGIN`). Limits are rounded outwards, by less than a tenth of the window, so that a support more or less
+        seldom changes them, and with them all embeddings.
         """
-        shown = [c for c, name in enumerate(self.cohort.channels) if name.casefold() == CT and c in self.channels]
-        if not shown:
-            return {}
-        by_case = list(self._foreground(shown))
+        known = [c for c, name in enumerate(self.cohort.channels) if name.casefold() == CT]
+        by_case = list(self._foreground(known)) if known else []
         if not by_case:
             return {}
         low_c, high_c = np.percentile(np.concatenate(by_case, axis=1), PERCENTILES, axis=1)
         return {
             channel: _around(float(low), float(high))
-            for channel, low, high in zip(shown, low_c, high_c, strict=True)
+            for channel, low, high in zip(known, low_c, high_c, strict=True)
             if high > low
         }
 
@@ -150,7 +150,10 @@ class Showing:
     def _samples(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield windowed values (V, C) of each support with their classes (V,): evenly spaced through each class."""
         for array_czyx, label_zyx in self._labelled():
-            windows = [intensity_window(array_zyx, *PERCENTILES) for array_zyx in array_czyx]
+            windows = [
+                self.windows.get(channel) or intensity_window(array_zyx, *PERCENTILES)
+                for channel, array_zyx in enumerate(array_czyx)
+            ]
             # Where every channel is at its minimum nothing was scanned.
             scanned_zyx = (array_czyx > array_czyx.min(axis=(1, 2, 3), keepdims=True)).any(axis=0)
             places, classes = [], []
@@ -174,19 +177,25 @@ class Showing:
 
 
 def class_separation(values_vc: np.ndarray, classes_v: np.ndarray) -> float:
-    """Return how well classes are told apart by values of several channels: Fisher's criterion, tr(Sw^-1 Sb).
+    """Return how well classes are told apart by values of several channels, 0 to 1: the mean over pairs of classes.
 
-    ``values_vc`` is (V, C). All classes count alike, however large; what one channel repeats of another counts once.
+    ``values_vc`` is (V, C), of about 0 to 1. A pair counts by half its Jeffries-Matusita distance, by which bands of
+    satellite images are chosen: 1 - exp(-B), B the Bhattacharyya distance of normal distributions (Kailath, IEEE Trans.
+    Communication Technology 1967). It saturates, so that a class which shows well already does not draw a second
+    channel to itself while another shows in none.
     """
-    means, within = [], np.zeros((values_vc.shape[1],) * 2)
+    found = []
     for value in np.unique(classes_v):
         members_vc = values_vc[classes_v == value]
-        means.append(members_vc.mean(axis=0))
-        centred_vc = members_vc - means[-1]
-        within += centred_vc.T @ centred_vc / len(members_vc)
-    between = np.cov(np.stack(means), rowvar=False, bias=True)
-    # A channel without any spread would make this singular, and says nothing.
-    return float(np.trace(np.linalg.pinv(within / len(means)) @ between))
+        covariance = np.cov(members_vc, rowvar=False, bias=True) + _LEAST_VARIANCE * np.eye(values_vc.shape[1])
+        found.append((members_vc.mean(axis=0), covariance))
+    return float(np.mean([1 - np.exp(-_bhattacharyya(*one, *other)) for one, other in combinations(found, 2)] or [0.0]))
+
+
+def _bhattacharyya(mean: np.ndarray, cov: np.ndarray, other_mean: np.ndarray, other_cov: np.ndarray) -> float:
+    both, apart = (cov + other_cov) / 2, mean - other_mean
+    logs = [np.linalg.slogdet(matrix)[1] for matrix in (both, cov, other_cov)]
+    return float(apart @ np.linalg.solve(both, apart) / 8 + (logs[0] - (logs[1] + logs[2]) / 2) / 2)
 
 
 def _around(low: float, high: float) -> tuple[float, float]:
