@@ -10,15 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nnunet_sam2.cohort.cohort import Cohort
+from nnunet_sam2.cli.main import main
+from nnunet_sam2.cohort.cohort import Case, Cohort
 from nnunet_sam2.cohort.convert import ConvertOptions, convert
 from nnunet_sam2.folders import new_dataset_folders
+from nnunet_sam2.frames import Frames
 from nnunet_sam2.geometry import Geometry, choose_slice_axis
+from nnunet_sam2.labelling.components import single_component_classes
+from nnunet_sam2.labelling.explain.cases import as_text, find_case
+from nnunet_sam2.labelling.fusion import FusionOptions, fuse
 from nnunet_sam2.labelling.labeller import label_cases
+from nnunet_sam2.labelling.quality.folder import measure_folder, read_folder
 from nnunet_sam2.labelling.registry import make_strategy
+from nnunet_sam2.labelling.strategies.transfer.strategy import Transfer, TransferOptions
 from nnunet_sam2.orientation import Turn, axis_code, common_direction, orientation_note, turn_to
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend
 from nnunet_sam2.sam2.protocol import Sam2Backend
+from nnunet_sam2.support.cases import Query, Support
 from nnunet_sam2.support.library import load_query, load_support
 from nnunet_sam2.support.showing import cohort_slice_axis, told_orientations
 from nnunet_sam2.volumes import read_label, read_map, read_stored, read_volume, write_image, write_label
@@ -149,18 +157,19 @@ def two_cohorts(
     return cohorts[0], cohorts[1], turn_of
 
 
-def _label(cohort: Cohort, backend: Sam2Backend, strategy: str, out: Path, **more: Any) -> list[dict[str, Any]]:
+def _label(
+    cohort: Cohort, backend: Sam2Backend, strategy: str, out: Path, case_ids: list[str] | None = None
+) -> list[dict[str, Any]]:
     options = {"check_slices": "2"} if strategy == "transfer" else {"check_slices": "2", "views": "one"}
     return label_cases(
         cohort=cohort,
-        case_ids=[cohort.labelled[0].case_id, *(case.case_id for case in cohort.unlabelled)],
+        case_ids=case_ids or [cohort.labelled[0].case_id, *(case.case_id for case in cohort.unlabelled)],
         support_ids=[case.case_id for case in cohort.labelled],
         strategy=make_strategy(strategy, options),
         backend=backend,
         out=out,
         seed=0,
         save_probabilities=True,
-        **more,
     )
 
 
@@ -189,6 +198,59 @@ def test_half_a_cohort_stored_otherwise_gets_the_same_labels(
         assert one["dice_with_human_label"] == other["dice_with_human_label"]
         assert one["members"] == other["members"]
         assert (other["shown"]["turned"] is not None) == turn.changes
+        said = as_text(find_case(mixed, name, theirs, dataset="521"), mixed)
+        assert ("  turned: the axes z, y, x of slices and places below are " in said) == turn.changes
+    if strategy == "transfer":
+        _assert_judged_alike(plain, mixed, [record["case"] for record in records[0]], backend, tmp_path)
+
+
+def _assert_judged_alike(
+    plain: Cohort, mixed: Cohort, case_ids: list[str], backend: MetaSam2Backend, labels: Path
+) -> None:
+    """Judge labels that lie in files, as a student's do, in both cohorts."""
+    features = []
+    for cohort in (plain, mixed):
+        out = labels / f"judged {cohort.root.name}"
+        supports = [case.case_id for case in cohort.labelled]
+        folder = labels / cohort.root.name
+        measure_folder(cohort, case_ids, support_ids=supports, backend=backend, labels=folder, out=out)
+        features.append(read_folder(out, case_ids))
+    assert features[0] == features[1]
+
+
+def test_labels_of_a_cohort_in_the_usual_order_are_those_of_the_arrays_as_they_are(
+    cohort: Cohort, backend: MetaSam2Backend, tmp_path: Path
+) -> None:
+    case, values = cohort.unlabelled[0], cohort.class_values
+    (record,) = _label(cohort, backend, "transfer", tmp_path, case_ids=[case.case_id])
+    assert record["shown"]["turned"] is None
+
+    def parts(one: Case) -> dict[str, Any]:
+        volume = read_volume(cohort.image_paths(one))
+        frames = Frames.from_volume(volume, size=64, slice_axis=0)
+        shown = {"frames": frames, "embeddings": backend.embed(frames), "geometry": volume.geometry}
+        return {"case_id": one.case_id, **shown}
+
+    supports = [Support(**parts(one), label_zyx=read_label(cohort.label_path(one))[0]) for one in cohort.labelled]
+    strategy = Transfer(TransferOptions(check_slices=2))
+    strategy.prepare(supports, values, backend)
+    members = strategy.members(Query(**parts(case)), supports, values, backend, np.random.default_rng(0))
+    single = single_component_classes([support.label_zyx for support in supports], values)
+    label_zyx = fuse(members, values, FusionOptions(single_component_classes=single)).label_zyx
+    assert np.array_equal(read_label(tmp_path / f"{case.case_id}{cohort.file_ending}")[0], label_zyx)
+
+
+def test_convert_and_label_tell_of_several_orientations(
+    generated_folder: Path, fresh_roots: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = sorted(path.name.split(".")[0] for path in (generated_folder / "images").iterdir())
+    _write(fresh_roots / "source", generated_folder, {names[-1]: STORED[0]})
+    assert main(["convert", str(fresh_roots / "source"), "-d", "522", "-n", "Mixed"]) == 0
+    told = f"note: the images are stored in several orientations (LPS {len(names) - 1}, RAS 1)"
+    assert capsys.readouterr().out.count(told) == 1
+    model = ["--sam2", "untrained", "--image-size", "64", "--device", "cpu", "--threads", "1", "--quality", "off"]
+    assert main(["label", "-d", "522", *model, "--strategy", "transfer", "--set", "decoder=off"]) == 0
+    assert capsys.readouterr().out.count(told) == 1
 
 
 def test_students_probabilities_and_labels_are_turned_with_their_image(
@@ -238,8 +300,6 @@ def test_several_orientations_are_told_in_one_line_with_their_counts(
 def test_frames_of_the_usual_order_are_those_of_the_file(
     two_cohorts: tuple[Cohort, Cohort, dict[str, Turn]], backend: MetaSam2Backend
 ) -> None:
-    from nnunet_sam2.frames import Frames
-
     cohort = two_cohorts[0]
     case = cohort.unlabelled[0]
     frames = Frames.from_volume(read_volume(cohort.image_paths(case)), size=64, slice_axis=0)
