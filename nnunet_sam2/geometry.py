@@ -104,8 +104,9 @@ def choose_slice_axis(geometry: Geometry) -> int:
 
 
 def single_slice_axis(geometry: Geometry) -> int | None:
-    """Return the array axis along which there is one slice alone, the first where there are several, else None."""
-    return geometry.shape_zyx.index(1) if 1 in geometry.shape_zyx else None
+    """Return the array axis along which there is one slice alone; None where there are more, or no plane at all."""
+    shape_zyx = geometry.shape_zyx
+    return shape_zyx.index(1) if shape_zyx[0] == 1 or shape_zyx.count(1) == 1 else None
 
 
 def view_axes(geometry: Geometry, slice_axis: int, *, least_slices: int = 16) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from nnunet_sam2.cohort.cohort import HIDDEN_LABELS, Cohort
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.machine import Memory
+from nnunet_sam2.orientation import Turn
 from nnunet_sam2.review.take_in import take_in
 from nnunet_sam2.rounds.disk import RESERVE, run_size
 from nnunet_sam2.rounds.estimate import estimate as module
@@ -96,6 +97,16 @@ def test_costs_add_and_scale() -> None:
     assert cost == Cost(seconds=7, cpu_seconds=3)
     assert cost.less(Cost(seconds=10, cpu_seconds=1)) == Cost(seconds=0, cpu_seconds=2)
     assert Cost.total([cost, cost]) == cost * 2
+
+
+def test_slices_are_counted_as_they_are_shown_however_a_file_is_stored(estimator: Estimator) -> None:
+    costs = estimator().labelling
+    case = costs.supports[0]
+    stored = Turn(axes=(2, 0, 1), flips=(True, False, True)).geometry(case.geometry)
+    assert stored.shape_zyx[costs.slice_axis] != case.geometry.shape_zyx[costs.slice_axis]
+    turned = replace(case, geometry=stored)
+    assert costs.encode(turned) == costs.encode(case)
+    assert costs.label(turned, [turned, turned]) == costs.label(case, [case, case])
 
 
 @pytest.mark.parametrize(
