@@ -82,6 +82,11 @@ class Showing:
         """Return what brings a case's arrays to the order of axes that all are shown in."""
         return turn_to(case.geometry, self.direction)
 
+    def identity(self, case: Case) -> list[Any]:
+        """Return what decides, beside images and labels, how a case and the supports are shown: a JSON value."""
+        cases = [case, *(self.cohort.case(case_id) for case_id in self.support_ids)]
+        return [list(self.cohort.channels), *([*turn.axes, *turn.flips] for turn in map(self.turn, cases))]
+
     def frames(self, volume: Volume, *, size: int, slice_axis: int) -> Frames:
         """Return the frames of a volume that was turned; one slice alone is shown as it is, whatever the others do."""
         single = single_slice_axis(volume.geometry)

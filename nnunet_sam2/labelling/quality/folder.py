@@ -50,7 +50,7 @@ def measure_folder(
                 known,
                 backend.spec.checkpoint_hash,
                 slice_axis,
-                showing.direction,
+                showing.identity(cohort.case(case_id)),
                 *(file_hash(path) for path in made_from),
             ]
         )
