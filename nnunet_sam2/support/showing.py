@@ -25,10 +25,6 @@ from nnunet_sam2.volumes import Volume, read_label, read_volume
 PERCENTILES = (0.5, 99.5)
 """Percentiles of the classes' intensities between which nnU-Net clips CT."""
 
-MARGIN = 0.5
-"""How far a CT window goes beyond these, on either side, as a part of their distance: around soft organs fat, air and
-bone stay apart, which lie outside of them."""
-
 _SAMPLES = 10_000
 """Values taken of each case (as in nnU-Net's fingerprint), so that a large organ does not outweigh the other cases."""
 
@@ -118,11 +114,10 @@ class Showing:
 
     @cached_property
     def windows(self) -> dict[int, tuple[float, float]]:
-        """Return the windows of channels of known units (CT), by channel: around the classes' intensities.
+        """Return the windows of channels of known units (CT), by channel: the range of the classes' intensities.
 
-        The percentiles are nnU-Net's (`PERCENTILES` of the voxels of all classes, as many of each case), the margin is
-        ours (`MARGIN`). Limits are rounded outwards, by less than a tenth of the window, so that a support more or less
-        seldom changes them, and with them all embeddings.
+        It is what nnU-Net clips CT to (`PERCENTILES` of the voxels of all classes, as many of each case), with limits
+        rounded outwards, so that a support more or less seldom changes them, and with them all embeddings.
         """
         known = [c for c, name in enumerate(self.cohort.channels) if name.casefold() == CT]
         by_case = list(self._foreground(known)) if known else []
@@ -130,7 +125,7 @@ class Showing:
             return {}
         low_c, high_c = np.percentile(np.concatenate(by_case, axis=1), PERCENTILES, axis=1)
         return {
-            channel: _around(float(low), float(high))
+            channel: rounded_window(float(low), float(high))
             for channel, low, high in zip(known, low_c, high_c, strict=True)
             if high > low
         }
@@ -203,11 +198,7 @@ def _bhattacharyya(mean: np.ndarray, cov: np.ndarray, other_mean: np.ndarray, ot
     return float(apart @ np.linalg.solve(both, apart) / 8 + (logs[0] - (logs[1] + logs[2]) / 2) / 2)
 
 
-def _around(low: float, high: float) -> tuple[float, float]:
-    """Widen a window by the margin on both sides; its limits are rounded outwards."""
-    margin = MARGIN * (high - low)
+def rounded_window(low: float, high: float) -> tuple[float, float]:
+    """Return a window with its limits rounded outwards, by less than a tenth of its width."""
     step = 10.0 ** np.floor(np.log10(high - low) - 1)
-    return (
-        float(np.floor((low - margin) / step) * step),
-        float(np.ceil((high + margin) / step) * step),
-    )
+    return float(np.floor(low / step) * step), float(np.ceil(high / step) * step)
