@@ -12,6 +12,7 @@ import numpy as np
 
 from nnunet_sam2.cohort.layouts.found import image_files
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.files.checks import strip_ending
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.progress import track
 from nnunet_sam2.volumes import read_label
@@ -32,14 +33,16 @@ def evaluate(
     ignore_value: int | None = None,
     declared_values: Collection[int] | None = None,
     allow_missing: bool = False,
+    annotated: Mapping[str, Collection[int]] | None = None,
 ) -> dict[str, Any]:
     """Compare two label files, or the files of the same name in two folders.
 
     Returns a JSON value with ``mean``, ``classes`` (one entry a class) and ``cases`` (one entry a case, with
     ``classes`` inside); each holds ``dice``, ``hd95``, ``hd`` and ``nsd``, see `compare`. A class's value is the mean
-    over the cases, the overall mean the mean over the classes, both without nulls. Raises `InputError` for a missing
-    prediction (unless ``allow_missing``), for grids that differ, and for values that are not among ``declared_values``
-    where these are known.
+    over the cases, the overall mean the mean over the classes, both without nulls. ``annotated`` holds the values that
+    a reference was annotated for, by case, where not for all: classes with others count nowhere in it. Raises
+    `InputError` for a missing prediction (unless ``allow_missing``), for grids that differ, and for values that are
+    not among ``declared_values`` where these are known.
     """
     if not (math.isfinite(nsd_tolerance_mm) and nsd_tolerance_mm >= 0):
         raise InputError(f"the surface tolerance is {nsd_tolerance_mm} mm; it must be 0 or more")
@@ -62,6 +65,11 @@ def evaluate(
             nsd_tolerance_mm=nsd_tolerance_mm,
             ignore_value=ignore_value,
         )
+        known = (annotated or {}).get(strip_ending(reference_file))
+        if known is not None:
+            per_class |= {
+                name: dict.fromkeys(METRICS) for name, values in classes.items() if not set(values) <= set(known)
+            }
         cases[case_id] = {**_mean(per_class.values()), "classes": per_class}
     by_class = {name: _mean(case["classes"][name] for case in cases.values()) for name in classes}
     return {

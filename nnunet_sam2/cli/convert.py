@@ -37,6 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TABLE",
         help="NAME=VALUE,... (a region is NAME=1+2), JSON, or a JSON file such as dataset.json",
     )
+    parser.add_argument(
+        "--annotated",
+        type=Path,
+        metavar="FILE",
+        help='JSON list of the classes that are annotated in each case, as in {"case_01": ["liver"], "case_02": '
+        '["spleen"], "*": ["liver", "spleen"]}; what is not annotated is unknown, not background (default: labels.json '
+        "beside the labels, else all classes)",
+    )
     parser.add_argument("--regions-class-order", metavar="V,...", help="with regions: nnU-Net's regions_class_order")
     parser.add_argument("--patient-pattern", metavar="REGEX", help="what of a case id names its patient (first group)")
     parser.add_argument("--test-as-unlabelled", action="store_true", help="use test images without label as unlabelled")
@@ -84,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         channels=tuple(part.strip() for part in args.channels.split(",")) if args.channels else None,
         labels=labels,
+        annotated=args.annotated,
         regions_class_order=tuple(order) if order else None,
         patient_pattern=args.patient_pattern,
         test_as_unlabelled=args.test_as_unlabelled,
@@ -98,6 +107,9 @@ def run(args: argparse.Namespace) -> int:
         f"{cohort.name}: {len(cohort.labelled)} labelled, {len(cohort.unlabelled)} unlabelled, {len(cohort.test)} test "
         f"cases; channels {', '.join(cohort.channels)}; labels {classes}"
     )
+    partly = sum(case.annotated is not None for case in cohort.cases)
+    if partly:
+        say(f"{partly} cases are annotated in part: classes that their list leaves out are unknown there")
     say(f"written to {cohort.root}")
     return 0
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nnunet_sam2.cohort.cohort import IGNORE
+from nnunet_sam2.cohort.cohort import COHORT_FILE, IGNORE, Cohort
 from nnunet_sam2.cohort.labels import BACKGROUND, LabelValue, make_label_table, parse_labels
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.progress import say
@@ -29,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TABLE",
         help="label table as for convert (default: dataset.json beside GT or PRED, else the values found)",
     )
+    parser.add_argument(
+        "--annotated",
+        type=Path,
+        metavar="FILE",
+        help="list of the classes that are annotated in each reference, as for convert; the others count nowhere in it "
+        "(default: labels.json beside the references, else the cohort.json of their dataset)",
+    )
     parser.add_argument("--ignore", type=int, metavar="V", help="reference value that is left out of the comparison")
     parser.add_argument(
         "--nsd-tolerance", type=float, default=1.0, metavar="MM", help="surface tolerance (default: 1 mm)"
@@ -46,6 +53,8 @@ class _Table:
     names: dict[str, str] = field(default_factory=dict)
     ignore: int | None = None
     declared: frozenset[int] | None = None
+    labels: Mapping[str, LabelValue] | None = None
+    """The declared table, where there is one."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         if not path.exists():
             raise InputError(f"{path} does not exist")
     table = _table(args)
+    annotated, said_by = _annotated(args, table)
     result = evaluate(
         args.reference,
         args.prediction,
@@ -64,13 +74,18 @@ def run(args: argparse.Namespace) -> int:
         ignore_value=table.ignore if args.ignore is None else args.ignore,
         declared_values=table.declared,
         allow_missing=args.allow_missing,
+        annotated=annotated,
     )
     result["class_names"] = table.names
+    if annotated:
+        result["annotated"] = {"file": str(said_by), "values": {name: list(v) for name, v in annotated.items()}}
     if args.output:
         write_json(args.output, result)
     if args.json:
         print(json.dumps(result, indent=1))
     else:
+        if annotated:
+            say(f"{said_by} says which classes are annotated: the others count nowhere")
         _print_table(result)
     return 0
 
@@ -105,7 +120,36 @@ def _declared_table(declared: Mapping[str, LabelValue]) -> _Table:
         elif name != BACKGROUND:
             key = "+".join(str(v) for v in values)
             classes[key], names[key] = values, name
-    return _Table(classes=classes, names=names, ignore=ignore, declared=frozenset(values_declared))
+    return _Table(classes=classes, names=names, ignore=ignore, declared=frozenset(values_declared), labels=declared)
+
+
+def _annotated(args: argparse.Namespace, table: _Table) -> tuple[dict[str, tuple[int, ...]], Path | None]:
+    """Return the annotated values of the references that are not annotated with all classes, and what says so."""
+    from nnunet_sam2.cohort.annotated import LIST_NAME, OTHERS, known_values, read_list
+    from nnunet_sam2.evaluation import match_files
+    from nnunet_sam2.files.checks import strip_ending
+
+    folder = args.reference if args.reference.is_dir() else args.reference.parent
+    path, cohort = args.annotated, folder.resolve().parent / COHORT_FILE
+    if path is None and not (folder / LIST_NAME).is_file() and cohort.is_file():
+        cases = Cohort.load(cohort.parent).cases
+        found = {case.case_id: case.annotated for case in cases if case.annotated is not None}
+        return found, cohort
+    path = path or folder / LIST_NAME
+    if args.annotated is None and not path.is_file():
+        return {}, None
+    listed = read_list(path)
+    labels = table.labels or {name: list(values) for name, values in table.classes.items()}
+    pairs = match_files(args.reference, args.prediction, allow_missing=True)
+    names = sorted(strip_ending(reference) for reference, _ in pairs.values())
+    if not set(names) & set(listed.entries) and OTHERS not in listed.entries:
+        raise InputError(f"{path} names none of the references ({names[0]}, ...); correct the names in it")
+    found = {
+        name: tuple(sorted(known_values(entry, labels, where=str(path))))
+        for name in names
+        if (entry := listed.of(name)) is not None
+    }
+    return found, path
 
 
 def _dataset_json(reference: Path, prediction: Path) -> Path | None:

@@ -92,6 +92,8 @@ class Case:
     """sha256 of each file as it was written, by its path; empty in a cohort of an earlier version."""
     repairs: Mapping[str, Any] = field(default_factory=dict)
     """What the user had mended in the source's files, by file."""
+    annotated: tuple[int, ...] | None = None
+    """Class values that the dataset's own label of the case answers for, the others are unknown; None: all."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the case as a JSON value."""
@@ -99,6 +101,7 @@ class Case:
             "placed_hash": self.placed_hash,
             "file_hashes": dict(self.file_hashes),
             "repairs": dict(self.repairs),
+            "annotated": self.annotated and list(self.annotated),
         }
         return {
             "id": self.case_id,
@@ -136,7 +139,17 @@ class Case:
             placed_hash=str(value["placed_hash"]) if value.get("placed_hash") else None,
             file_hashes={within_root(name): str(sha) for name, sha in value.get("file_hashes", {}).items()},
             repairs=dict(value.get("repairs", {})),
+            annotated=tuple(int(v) for v in value.get("annotated") or ()) or None,
         )
+
+    @property
+    def known_classes(self) -> tuple[int, ...] | None:
+        """Return the class values that the human label answers for, None for all: labels that came later are whole."""
+        return None if self.added else self.annotated
+
+    def answers_for(self, value: int) -> bool:
+        """Say whether the human label answers for a class; where not, nobody knows where the class is."""
+        return self.known_classes is None or value in self.known_classes
 
     @property
     def as_planned(self) -> Case:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nnunet_sam2.cohort.annotated import AnnotatedList, annotated_values, find_lists, suspect_gaps
 from nnunet_sam2.cohort.checks import CheckedCase, check_cases, check_duplicates
 from nnunet_sam2.cohort.cohort import ADDED_LABELS, COHORT_FILE, CT, Cohort, Role
 from nnunet_sam2.cohort.labels import LabelTable, LabelValue, make_label_table, table_from_values
@@ -49,6 +50,8 @@ class ConvertOptions:
     seed: int = 0
     channels: tuple[str, ...] | None = None
     labels: dict[str, LabelValue] | None = None
+    annotated: Path | None = None
+    """List of the classes that are annotated in each case; ``labels.json`` beside the labels needs no naming."""
     regions_class_order: tuple[int, ...] | None = None
     patient_pattern: str | None = None
     test_as_unlabelled: bool = False
@@ -72,7 +75,7 @@ class ConvertOptions:
     def to_json(self) -> dict[str, Any]:
         """Return the options as a JSON value."""
         value = dataclasses.asdict(self)
-        for name in ("test", "unpack_to"):
+        for name in ("test", "unpack_to", "annotated"):
             value[name] = str(value[name]) if value[name] else None
         return {key: list(entry) if isinstance(entry, tuple) else entry for key, entry in value.items()}
 
@@ -111,6 +114,7 @@ def _convert_folder(
     tell: Callable[[str], None],
 ) -> Cohort:
     found, cases = collect(source, options)
+    lists = find_lists(options.annotated, cases, tell)
     assignment = assign_roles(cases, options)
     cases = {case_id: cases[case_id] for case_id in sorted(assignment.role_of)}
     table = _declared_table(found, options)
@@ -121,7 +125,8 @@ def _convert_folder(
         table = table_from_values({value: case.label_file for case in checked for value in case.label_values})
     patient_of = check_duplicates(checked, assignment.role_of, assignment.patient_of)
     channels = _channel_names(found, checked, options)
-    for text in _advice(found, cases, checked, assignment, table, channels, options):
+    annotated = annotated_values(checked, table, lists)
+    for text in _advice(found, cases, checked, assignment, table, channels, options, lists):
         tell(f"note: {text}")
     cohort = Cohort(
         name=folders.name,
@@ -151,6 +156,7 @@ def _convert_folder(
                 table=table,
                 cohort=cohort,
                 policy=options.policy,
+                annotated=annotated,
             )
             dataclasses.replace(cohort, root=temporary, cases=entries).save()
     except OSError as error:
@@ -290,6 +296,7 @@ def _advice(
     table: LabelTable,
     channels: Sequence[str],
     options: ConvertOptions,
+    lists: Mapping[Path, AnnotatedList],
 ) -> list[str]:
     """Collect what deserves a line but is no reason to refuse."""
     notes = [note for case in checked for note in case.notes]
@@ -315,6 +322,9 @@ def _advice(
         values = {s for s, t in table.source_values.items() if t in (value if isinstance(value, list) else [value])}
         if name not in ("background", "ignore") and not values & seen:
             notes.append(f"class {name} is in no labelled case and cannot be learned; choose others or another --seed")
+    labelled = {case_id for case_id, role in assignment.role_of.items() if role is Role.LABELLED}
+    if not lists and (gaps := suspect_gaps(checked, labelled, table)):
+        notes.append(gaps)
     if table.changes_values:
         changed = ", ".join(f"{a} -> {b}" for a, b in table.source_values.items() if a != b)
         notes.append(f"label values are renumbered for nnU-Net: {changed}")

@@ -45,6 +45,7 @@ def write_dataset(
     table: LabelTable,
     cohort: Cohort,
     policy: ReadPolicy = STRICT,
+    annotated: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[Case, ...]:
     """Write images, labels and ``dataset.json`` under ``root`` and return the cases.
 
@@ -72,6 +73,7 @@ def write_dataset(
                 placed_hash=case.placed_hash,
                 file_hashes={name: file_hash(root / name) for name in (*images, *([label] if label else []))},
                 repairs={name: mended.to_json() for name, mended in case.repairs.items()},
+                annotated=(annotated or {}).get(case.case_id),
             )
         )
     write_json(root / "dataset.json", dataset_json(cohort, sum(role_of[c.case_id] is Role.LABELLED for c in checked)))

@@ -13,17 +13,17 @@ import numpy as np
 
 from nnunet_sam2.cohort.cohort import Case, Cohort, Role
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.labelling.class_groups import GroupLabeller, GroupProbe
 from nnunet_sam2.labelling.components import single_component_classes
-from nnunet_sam2.labelling.fusion import FusionOptions, fuse
+from nnunet_sam2.labelling.fusion import FusionOptions
 from nnunet_sam2.labelling.leave_one_out import dice_by_class
 from nnunet_sam2.labelling.member import PseudoLabel
 from nnunet_sam2.labelling.quality.calibration import Calibration
 from nnunet_sam2.labelling.quality.options import QualityOptions
-from nnunet_sam2.labelling.quality.probe import QualityProbe
 from nnunet_sam2.labelling.quality.record import quality_record, read_features
 from nnunet_sam2.labelling.records import record_path
 from nnunet_sam2.labelling.registry import options_json
-from nnunet_sam2.labelling.strategy import Prepares, PreparesCohort, Strategy
+from nnunet_sam2.labelling.strategy import PreparesCohort, Strategy
 from nnunet_sam2.sam2.protocol import Sam2Backend
 from nnunet_sam2.storage import file_hash, read_json, value_hash, write_json
 from nnunet_sam2.support.cases import Query, Support
@@ -83,6 +83,7 @@ class Job:
                 "case": [case.case_id, case.voxel_hash, case.geometry.to_json()],
                 "supports": [self._support_identity(cohort.case(case_id)) for case_id in self.support_ids],
                 "human_label": self._label_hash(case) if case.role is Role.LABELLED else None,
+                **({"annotated": case.known_classes} if case.known_classes else {}),
                 "class_values": cohort.class_values,
                 "ignore_value": cohort.ignore_value,
                 "slice_axis": self.slice_axis,
@@ -122,7 +123,7 @@ class Job:
             write_json(record_path(self.out, record["case"]), record)
         return record
 
-    def prepare(self) -> tuple[list[Support], dict[str, Any] | None]:
+    def prepare(self) -> tuple[list[Support], GroupLabeller, dict[str, Any] | None]:
         """Load the supports and let the strategy check on them what it wants to know."""
         supports = load_supports(
             self.cohort,
@@ -132,12 +133,8 @@ class Job:
             student_probabilities=self._student_folder,
             showing=self.showing,
         )
-        if isinstance(self.strategy, PreparesCohort):
-            cases = _CohortCases(job=self)
-            return supports, self.strategy.prepare_cohort(cases, supports, self.cohort.class_values, self.backend)
-        if isinstance(self.strategy, Prepares):
-            return supports, self.strategy.prepare(supports, self.cohort.class_values, self.backend)
-        return supports, None
+        labeller = GroupLabeller(self.strategy, supports, self.cohort.class_values)
+        return supports, labeller, labeller.prepare(self.backend, _CohortCases(job=self))
 
     def load(self, case: Case) -> Query:
         """Read and encode one case without looking at its label."""
@@ -158,7 +155,7 @@ class Job:
         single = single_component_classes([support.label_zyx for support in others], values)
         fusion = dataclasses.replace(self.fusion, single_component_classes=single)
         rng = np.random.default_rng([self.seed, _number(case.case_id)])
-        pseudo = fuse(self.strategy.members(query, others, values, self.backend, rng), values, fusion)
+        pseudo = ready.labeller.label(query, others, self.backend, rng, fusion)
         hashes = self._write(case, pseudo)
         record: dict[str, Any] = {
             "case": case.case_id,
@@ -201,14 +198,16 @@ class Job:
             stored, _ = read_label(self.cohort.label_path(case))
             known = self.showing.turn(case).apply(stored)
         table = dice_by_class(pseudo.label_zyx, known, self.cohort.class_values, ignore_value=self.cohort.ignore_value)
-        return {str(value): dice for value, dice in table.items()}
+        asked = {v for v in table if case.answers_for(v)} - set(pseudo.record.get("unanswered", ()))
+        return {str(value): dice if value in asked else None for value, dice in table.items()}
 
     @property
     def _student_folder(self) -> Path | None:
         return self.student_probabilities if getattr(self.strategy, "uses_student", False) else None
 
-    def _support_identity(self, case: Case) -> list[str | None]:
-        return [case.case_id, case.voxel_hash, self._label_hash(case), self._student_hash(case.case_id)]
+    def _support_identity(self, case: Case) -> list[Any]:
+        identity = [case.case_id, case.voxel_hash, self._label_hash(case), self._student_hash(case.case_id)]
+        return identity if case.known_classes is None else [*identity, case.known_classes]
 
     def _label_hash(self, case: Case) -> str:
         return file_hash(self.cohort.label_path(case))
@@ -225,16 +224,22 @@ class Ready:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._prepared = False
+        self._labeller: GroupLabeller | None = None
         self.supports: list[Support] = []
         self.prepared: dict[str, Any] | None = None
-        self.probe = QualityProbe(job.cohort.class_values, job.quality) if job.quality is not None else None
+        self.probe = GroupProbe(job.cohort.class_values, job.quality) if job.quality is not None else None
 
     def prepare(self) -> None:
         """Load the supports and let the strategy check them, the first time that it is called."""
-        if not self._prepared:
-            self.supports, self.prepared = self._job.prepare()
-            self._prepared = True
+        if self._labeller is None:
+            self.supports, self._labeller, self.prepared = self._job.prepare()
+
+    @property
+    def labeller(self) -> GroupLabeller:
+        """Return what labels queries; `prepare` comes before."""
+        if self._labeller is None:
+            raise ValueError("nothing is prepared yet")
+        return self._labeller
 
 
 @dataclass(frozen=True, kw_only=True)

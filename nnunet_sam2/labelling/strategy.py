@@ -91,3 +91,12 @@ class BringsFusion(Protocol):
     def fusion(self, asked: FusionOptions) -> FusionOptions:
         """Return ``asked`` with what the strategy's own options say instead."""
         ...
+
+
+@runtime_checkable
+class WithoutOtherClasses(Protocol):
+    """Mark a strategy that takes a single class for more than one of several; see `class_groups.GroupLabeller`."""
+
+    def without_other_classes(self) -> Strategy:
+        """Return a strategy like this one for some of the cohort's classes, which has looked at nothing yet."""
+        ...

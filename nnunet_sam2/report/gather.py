@@ -129,7 +129,9 @@ def _human_volumes(cohort: Cohort) -> dict[int, float]:
     found: dict[str, dict[str, int]] = {}
     for case in labelled[::step]:
         label_zyx, _ = read_label(cohort.label_path(case))
-        found[case.case_id] = {str(value): int((label_zyx == value).sum()) for value in cohort.class_values}
+        found[case.case_id] = {
+            str(value): int((label_zyx == value).sum()) for value in cohort.class_values if case.answers_for(value)
+        }
     return _mean_volumes(found, cohort)
 
 

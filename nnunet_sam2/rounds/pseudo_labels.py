@@ -269,7 +269,8 @@ def mean_dice_by_class(
 ) -> dict[int, float]:
     """Compute the mean Dice a class of the label maps in ``folder`` with ``reference``, or with the human labels.
 
-    A class counts in a case where either side has it; voxels with the ignore label count nowhere.
+    A class counts in a case where either side has it and the human label answers for it; voxels with the ignore label
+    count nowhere.
     """
     dices: dict[int, list[float]] = {}
     for case in cases:
@@ -279,7 +280,8 @@ def mean_dice_by_class(
         if cohort.ignore_value is not None:
             judged = (other != cohort.ignore_value) & (mine != cohort.ignore_value)
             mine, other = mine * judged, other * judged
-        for value, changed in class_change(other, mine, cohort.class_values).items():
+        known = [value for value in cohort.class_values if reference or case.answers_for(value)]
+        for value, changed in class_change(other, mine, known).items():
             dices.setdefault(value, []).append(1.0 - changed)
     return {value: float(np.mean(found)) for value, found in sorted(dices.items())}
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnunet_sam2.cohort.cohort import IGNORE, Cohort
+from nnunet_sam2.cohort.labels import BACKGROUND
 from nnunet_sam2.labelling.job import CONFIDENCE
+from nnunet_sam2.progress import say
 from nnunet_sam2.rounds import nnunet
 from nnunet_sam2.rounds.context import RunContext
 from nnunet_sam2.rounds.ledger import StageResult
@@ -66,15 +69,34 @@ class TrainingStages:
                 info={"folds": folds},
             )
 
+        partly = _partly_annotated(self.run.cohort)
         inputs = {
             "configuration": self.run.options.configuration,
             "cases": {c.case_id: [c.role.value, c.patient, c.voxel_hash] for c in self.run.cohort.cases},
             "labels": self.run.human_label_hashes,
+            **({"annotated": partly} if partly else {}),
         }
         done = self.run.ledger.run_stage(
             "setup/plan", inputs, work, what="nnU-Net plans and preprocesses; plans see the labelled cases alone"
         )
         nnunet.require_splits(self.run.folders, done["info"]["folds"])
+        if partly:
+            self._tell_unanswered()
+
+    def _tell_unanswered(self) -> None:
+        """Say which classes no case that the fold trains on is annotated for: supports and training lack them alike."""
+        training = [c for c in self.run.cohort.labelled if c.case_id not in set(self.run.validation_ids)]
+        names = [
+            name
+            for name, value in self.run.cohort.labels.items()
+            if name not in (BACKGROUND, IGNORE)
+            and not any(all(map(c.answers_for, value if isinstance(value, list) else [value])) for c in training)
+        ]
+        if names:
+            say(
+                f"note: no case that fold {self.run.fold} trains on is annotated for {', '.join(names)}, which is "
+                "learnt as background: take another fold with -f, or -f all"
+            )
 
     def make_data(self, number: int, *, labels: Fused | None, final: bool = False) -> None:
         """Build the round's immutable configuration: human labels and, from round 1 on, pseudo-labels."""
@@ -194,3 +216,8 @@ class TrainingStages:
             work,
             what=f"the student segments {len(cases)} cases",
         )
+
+
+def _partly_annotated(cohort: Cohort) -> dict[str, list[int]]:
+    known = {case.case_id: case.known_classes for case in cohort.labelled}
+    return {case_id: list(values) for case_id, values in known.items() if values is not None}

@@ -37,12 +37,19 @@ class Support:
     """Value of voxels that nobody has judged: they are evidence neither for a class nor for the background."""
     student_prob_czyx: np.ndarray | None = None
     """The student's probabilities for this case, where there are some: lets prompting be checked on it."""
+    annotated: tuple[int, ...] | None = None
+    """Class values that the label answers for; of the others it says nothing. None: all. Strategies are never given
+    a support that is annotated in part; see `labelling.class_groups`."""
 
     def __post_init__(self) -> None:
         if self.label_zyx.shape != self.geometry.shape_zyx:
             raise ValueError(
                 f"support {self.case_id}: label shape {self.label_zyx.shape} against {self.geometry.shape_zyx}"
             )
+
+    def answers_for(self, value: int) -> bool:
+        """Say whether the label was annotated for a class."""
+        return self.annotated is None or value in self.annotated
 
     def as_query(self) -> Query:
         """Return the case as a query, for checks that leave it out of the supports."""

@@ -103,6 +103,7 @@ def load_support(
         geometry=query.geometry,
         ignore_value=ignore,
         student_prob_czyx=query.student_prob_czyx,
+        annotated=case.known_classes,
     )
 
 

@@ -18,6 +18,7 @@ from torch._dynamo import OptimizedModule
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.trainers import randomness
+from nnunet_sam2.trainers.annotated import PartlyAnnotated, validate_one_by_one
 from nnunet_sam2.trainers.checkpoints import (
     PROVENANCE,
     load_all_weights,
@@ -30,7 +31,7 @@ from nnunet_sam2.trainers.loader import RoundDataLoader
 from nnunet_sam2.trainers.loss import ConfidenceLoss
 from nnunet_sam2.trainers.settings import PROVENANCE_KEY, SETTINGS_KEY, RoundSettings
 from nnunet_sam2.trainers.split import Split, choose_split, read_or_make_splits
-from nnunet_sam2.trainers.validation import validate_sequentially
+from nnunet_sam2.trainers.validation import summarise, validate_sequentially
 
 _SECONDS_BETWEEN_PLOTS = 60.0
 
@@ -65,6 +66,7 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
         if self.settings.threads is not None and self.device.type == "cpu":
             torch.set_num_threads(self.settings.threads)
         self.split: Split | None = None
+        self.annotated = PartlyAnnotated()
         self.warm_started_from: dict[str, str] | None = None
         self._is_continued = False
         self._random_state: dict[str, Any] | None = None
@@ -111,7 +113,7 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
         pseudo, human = self.settings.pseudo_cases, self.settings.human_cases
         splits: Any = []
         if self.fold != "all":
-            raw = Path(nnUNet_raw) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
+            raw = self._raw_folder()
             splits_file = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
             splits = read_or_make_splits(splits_file, raw, available - {*pseudo, *human})
         split = choose_split(self.fold, available=available, pseudo_cases=pseudo, human_cases=human, splits=splits)
@@ -122,6 +124,7 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
             )
             if split.note:
                 self.print_to_log_file(f"NOTE: {split.note}")
+            self._read_annotated(split)
         self.split = split
         return split.training, list(split.validation)
 
@@ -152,13 +155,29 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """Run nnU-Net's step; where the batch carries distrust as one more channel, it weights the loss."""
-        data = batch["data"]
+        data, annotated_bc = batch["data"], self._annotated_in(batch)
         if data.shape[1] == self.num_input_channels:
-            return super().train_step(batch)
+            with self.loss.weighted_by(None, annotated_bc):
+                return super().train_step(batch)
         distrust = data[:, -1:].to(self.device, non_blocking=True)
         confidence = (1 - distrust).clamp_(0, 1)  # interpolation overshoots by a rounding error
-        with self.loss.weighted_by(confidence):
+        with self.loss.weighted_by(confidence, annotated_bc):
             return super().train_step({**batch, "data": data[:, :-1]})
+
+    def validation_step(self, batch: dict) -> dict:
+        """Run nnU-Net's step; a class counts nowhere in a case that was not annotated for it.
+
+        With several processes, which have to walk in step, the online Dice counts it nevertheless.
+        """
+        annotated_bc = self._annotated_in(batch)
+        if annotated_bc is None or self.is_ddp:
+            return self._validation_step(batch, annotated_bc)
+        background = not self.label_manager.has_regions
+        return validate_one_by_one(self._validation_step, batch, annotated_bc, background=background)
+
+    def _validation_step(self, batch: dict, annotated_bc: torch.Tensor | None) -> dict:
+        with self.loss.weighted_by(None, annotated_bc):
+            return super().validation_step(batch)
 
     def on_train_start(self) -> None:
         """Prepare the training; continued, go on with the random numbers where the checkpoint was written."""
@@ -226,6 +245,7 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
                 "round": self.round_provenance,
                 "labelled": list(self.split.labelled) if self.split else None,
                 "pseudo": list(self.split.pseudo) if self.split else None,
+                **({"annotated": self.annotated.to_json()} if self.annotated.known else {}),
                 "warm_start": self.warm_started_from,
                 "seconds": self._seconds_trained(),
                 "random_state": randomness.capture(),
@@ -263,6 +283,33 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
             super().perform_actual_validation(save_probabilities)
         finally:
             self.inference_allowed_mirroring_axes = axes
+        if self.split and set(self.split.validation) & set(self.annotated.known) and not self.local_rank:
+            dice = summarise(self, self.split.validation)["foreground_mean"]["Dice"]
+            self.print_to_log_file("Mean Validation Dice of what was annotated: ", dice, also_print_to_console=True)
+
+    def _read_annotated(self, split: Split) -> None:
+        values = [int(value) for value in self.label_manager.all_labels if value != 0]
+        self.annotated = PartlyAnnotated.of_training(self._raw_folder(), split.training, values)
+        if self.annotated.known:
+            count = len(self.annotated.known)
+            self.print_to_log_file(f"{count} cases are annotated in part: the loss is silent on their other classes")
+        if self.annotated.never:
+            self.print_to_log_file(
+                f"NOTE: no training case of fold {self.fold} is annotated for {list(self.annotated.never)}, which are "
+                "learnt as background; use another fold, or all"
+            )
+
+    def _annotated_in(self, batch: dict) -> torch.Tensor | None:
+        """Return which output channels were annotated in which sample, (b, c); None where all were in all."""
+        annotated_bc = self.annotated.channels(batch["keys"], self.label_manager)
+        if annotated_bc is None and self.is_ddp and self.annotated.known:
+            # All processes have to walk in step: see `mean_of_annotated`.
+            heads = self.label_manager.num_segmentation_heads
+            return torch.ones((len(batch["keys"]), heads), dtype=torch.bool)
+        return annotated_bc
+
+    def _raw_folder(self) -> Path | None:
+        return Path(nnUNet_raw) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
 
     def _is_in_cascade(self) -> bool:
         return self.is_cascaded or self.configuration_manager.next_stage_names is not None

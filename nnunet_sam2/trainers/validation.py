@@ -64,46 +64,42 @@ def validate_sequentially(trainer: Any, *, save_probabilities: bool, mirroring: 
             save_probabilities,
             num_threads_torch=torch.get_num_threads(),
         )
-    labels = trainer.label_manager
-    summary = summarise(
-        reference=Path(trainer.preprocessed_dataset_folder_base) / "gt_segmentations",
-        prediction=folder,
-        file_names=[case + trainer.dataset_json["file_ending"] for case in dataset.identifiers],
-        reader=trainer.plans_manager.image_reader_writer_class(),
-        regions_or_labels=labels.foreground_regions if labels.has_regions else labels.foreground_labels,
-        ignore_label=labels.ignore_label,
-    )
+    summary = summarise(trainer, dataset.identifiers)
     trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
     compute_gaussian.cache_clear()
     return summary
 
 
-def summarise(
-    *,
-    reference: Path,
-    prediction: Path,
-    file_names: Sequence[str],
-    reader: Any,
-    regions_or_labels: Sequence[Any],
-    ignore_label: int | None,
-) -> dict[str, Any]:
-    """Compare predictions with references and write nnU-Net's ``summary.json`` into the predictions' folder.
+def summarise(trainer: Any, case_ids: Sequence[str]) -> dict[str, Any]:
+    """Compare the cases in ``validation/`` with their references and write nnU-Net's ``summary.json`` beside them.
 
-    Twin of ``nnunetv2.evaluation.evaluate_predictions.compute_metrics_on_folder``, without its pool of processes.
+    Twin of ``nnunetv2.evaluation.evaluate_predictions.compute_metrics_on_folder``, without its pool of processes. What
+    was not annotated in a case has no metric there.
     """
-    cases = [
-        compute_metrics(str(reference / name), str(prediction / name), reader, list(regions_or_labels), ignore_label)
-        for name in sorted(file_names)
-    ]
-    names = list(cases[0]["metrics"][regions_or_labels[0]])
+    reference = Path(trainer.preprocessed_dataset_folder_base) / "gt_segmentations"
+    prediction = Path(trainer.output_folder) / "validation"
+    reader, ending = trainer.plans_manager.image_reader_writer_class(), trainer.dataset_json["file_ending"]
+    labels = trainer.label_manager
+    compared = labels.foreground_regions if labels.has_regions else labels.foreground_labels
+    counts = trainer.annotated.counts
+    cases = []
+    for case_id in sorted(case_ids, key=lambda one: one + ending):
+        files = str(reference / (case_id + ending)), str(prediction / (case_id + ending))
+        case = compute_metrics(*files, reader, list(compared), labels.ignore_label)
+        for one in compared:
+            if not counts(case_id, one):
+                case["metrics"][one] = dict.fromkeys(case["metrics"][one], np.nan)
+        cases.append(case)
+    names = list(cases[0]["metrics"][compared[0]])
     # a class that no case has gives a mean of nothing, which is nan, as in stock
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=RuntimeWarning)
         means = {
             one: {name: np.nanmean([case["metrics"][one][name] for case in cases]) for name in names}
-            for one in regions_or_labels
+            for one in compared
         }
-    foreground = {name: np.mean([means[one][name] for one in means if one != 0]) for name in names}
+    asked = [one for one in compared if one != 0 and any(counts(case_id, one) for case_id in case_ids)]
+    foreground = {name: np.mean([means[one][name] for one in asked]) for name in names}
     for value in (*cases, means, foreground):
         recursive_fix_for_json_export(value)
     summary = {"metric_per_case": cases, "mean": means, "foreground_mean": foreground}

@@ -96,6 +96,8 @@ def _record_text(folder: Path, path: Path, record: Json, names: Mapping[str, str
         made, left_out = _of_members(strategy, members, value)
         checked = _checked(record, value)
         removed = record.get("removed_by_component_filter", {}).get(value)
+        if int(value) in record.get("unanswered", ()):
+            left_out.append("no support is annotated for it")
         if removed:
             left_out.append(f"{removed} voxels outside of the kept component")
         lines += _listed([*made, *([checked] if checked else [])], "    ")
@@ -157,7 +159,8 @@ def _seen(quality: Json, value: str) -> str:
 
 def _of_members(strategy: str, members: Sequence[Json], value: str) -> tuple[list[str], list[str]]:
     """Return what the members say of a class; what several leave out alike is said once."""
-    said = [explain_member(strategy, member, value) for member in members]
+    answering = [member for member in members if int(value) in member.get("answers_for", [int(value)])]
+    said = [explain_member(strategy, member, value) for member in answering]
     made = [sentence for one in said for sentence in one.made]
     return made, list(dict.fromkeys(sentence for one in said for sentence in one.left_out))
 
@@ -165,6 +168,9 @@ def _of_members(strategy: str, members: Sequence[Json], value: str) -> tuple[lis
 def _checked(record: Json, value: str) -> str | None:
     """Say what labelled cases had to say about the choices for a class; a case's own row is not used for itself."""
     prepared = record.get("prepared") or {}
+    for group in prepared.get("groups", ()):
+        if int(value) in group["answers_for"]:
+            prepared = group["prepared"] or {}
     for check in _CHECKS:
         by_choice: dict[str, list[float]] = {}
         for case_id, row in (prepared.get(check) or {}).items():

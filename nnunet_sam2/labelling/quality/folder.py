@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_sam2.cohort.cohort import Cohort
+from nnunet_sam2.cohort.cohort import Case, Cohort
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.labelling.class_groups import GroupProbe
 from nnunet_sam2.labelling.fusion import as_probability, normalised
 from nnunet_sam2.labelling.member import PseudoLabel
 from nnunet_sam2.labelling.quality.features import CaseFeatures
 from nnunet_sam2.labelling.quality.options import QualityOptions
-from nnunet_sam2.labelling.quality.probe import QualityProbe
 from nnunet_sam2.labelling.quality.record import quality_record, read_features
 from nnunet_sam2.progress import track
 from nnunet_sam2.sam2.protocol import Sam2Backend
@@ -40,7 +40,7 @@ def measure_folder(
     """
     options = options or QualityOptions()
     slice_axis, showing = cohort_slice_axis(cohort), Showing(cohort=cohort, support_ids=tuple(support_ids))
-    known = [[s, file_hash(cohort.label_path(cohort.case(s)))] for s in support_ids]
+    known = [_identity(cohort, cohort.case(case_id)) for case_id in support_ids]
     keys = {}
     for case_id in case_ids:
         made_from = [labels / f"{case_id}{cohort.file_ending}", labels / PROBABILITIES / f"{case_id}.npz"]
@@ -57,7 +57,7 @@ def measure_folder(
     pending = [case_id for case_id in case_ids if _key(out / f"{case_id}.json") != keys[case_id]]
     if pending:
         supports = load_supports(cohort, support_ids, backend, slice_axis=slice_axis, showing=showing)
-        probe = QualityProbe(cohort.class_values, options)
+        probe = GroupProbe(cohort.class_values, options)
         for case_id in track(pending, what="judging labels", total=len(pending)):
             case = cohort.case(case_id)
             query = load_query(cohort, case, backend, slice_axis=slice_axis, showing=showing)
@@ -81,6 +81,11 @@ def measure_folder(
 def read_folder(out: Path, case_ids: Sequence[str]) -> dict[str, CaseFeatures]:
     """Read what `measure_folder` wrote."""
     return {case_id: read_features(read_json(out / f"{case_id}.json")) for case_id in case_ids}
+
+
+def _identity(cohort: Cohort, case: Case) -> list[Any]:
+    identity = [case.case_id, file_hash(cohort.label_path(case))]
+    return identity if case.known_classes is None else [*identity, case.known_classes]
 
 
 def _key(path: Path) -> Any:

@@ -42,7 +42,8 @@ def human_signs(cohort: Cohort) -> Signs:
     """Read the signs of the human labels: what volumes and missing classes are to be expected."""
     volumes, empty = _Means(), _Means()
     for case in cohort.labelled:
-        _count(read_label(cohort.label_path(case))[0], case, cohort.class_values, volumes, empty)
+        known = [value for value in cohort.class_values if case.answers_for(value)]
+        _count(read_label(cohort.label_path(case))[0], case, known, volumes, empty)
     return Signs(volume_mm3=volumes.means(), empty_share=empty.means())
 
 

@@ -72,17 +72,18 @@ def _label(
     folder: Path,
 ) -> None:
     """Do what a labelling job does with a case, and time the parts; the labels once more from fewer supports."""
+    from nnunet_sam2.labelling.class_groups import GroupLabeller, GroupProbe
     from nnunet_sam2.labelling.components import single_component_classes
-    from nnunet_sam2.labelling.fusion import FusionOptions, fuse
+    from nnunet_sam2.labelling.fusion import FusionOptions
     from nnunet_sam2.labelling.quality.options import QualityOptions
-    from nnunet_sam2.labelling.quality.probe import QualityProbe
     from nnunet_sam2.labelling.registry import make_strategy
     from nnunet_sam2.labelling.strategy import BringsFusion
 
     values = cohort.class_values
     strategy = make_strategy(options.strategy, options.strategy_options)
+    labeller = GroupLabeller(strategy, supports, values)
     with Clock(answer, "prepare"):
-        _prepare(strategy, supports, queries, values, backend)
+        labeller.prepare(backend, [*(support.as_query() for support in supports), *queries])
     single = single_component_classes([support.label_zyx for support in supports], values)
     asked = FusionOptions()
     fusion = strategy.fusion(asked) if isinstance(strategy, BringsFusion) else asked
@@ -91,7 +92,7 @@ def _label(
     def labels_from(given: Sequence[Any], name: str) -> list[Any]:
         with Clock(answer, name):
             rng = np.random.default_rng(options.seed)
-            return [fuse(strategy.members(q, given, values, backend, rng), values, fusion) for q in queries]
+            return [labeller.label(query, given, backend, rng, fusion) for query in queries]
 
     # The first time also encodes what the strategy cuts out of the query; the second finds it kept.
     labels = labels_from(supports, "labels")
@@ -101,7 +102,7 @@ def _label(
     answer["support_slices"] = sum(len(support.frames) for support in supports)
     answer["fewer_slices"] = sum(len(support.frames) for support in fewer)
     answer["query_shapes_zyx"] = [list(query.geometry.shape_zyx) for query in queries]
-    probe = QualityProbe(values, QualityOptions())
+    probe = GroupProbe(values, QualityOptions())
     with Clock(answer, "quality"):
         for query, pseudo in zip(queries, labels, strict=True):
             probe.measure(query, pseudo, supports)
@@ -207,6 +208,7 @@ def _support(showing: Any, case_id: str, backend: Any, slice_axis: int, request:
         label_zyx=np.ascontiguousarray(label_zyx[part]),
         geometry=frames.geometry,
         ignore_value=cohort.ignore_value,
+        annotated=case.known_classes,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -119,6 +119,15 @@ class Chain:
     def needs_memory(self) -> bool:
         """Say whether masks are carried from image to image."""
         return self._options.propagate
+
+    def without_other_classes(self) -> Chain:
+        """Return a chain that labelled images prompt: a point finds one foreground, whatever class is asked for."""
+        if self._options.seeds == "points" or not self._options.propagate:
+            raise InputError(
+                "strategy chain finds one foreground by points, the cohort has several classes; let labelled images "
+                "prompt (--set seeds=supports), which cannot do without propagate"
+            )
+        return Chain(replace(self._options, seeds="supports"))
 
     def prepare_cohort(
         self,
