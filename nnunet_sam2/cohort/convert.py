@@ -322,8 +322,8 @@ def _advice(
         values = {s for s, t in table.source_values.items() if t in (value if isinstance(value, list) else [value])}
         if name not in ("background", "ignore") and not values & seen:
             notes.append(f"class {name} is in no labelled case and cannot be learned; choose others or another --seed")
-    labelled = {case_id for case_id, role in assignment.role_of.items() if role is Role.LABELLED}
-    if not lists and (gaps := suspect_gaps(checked, labelled, table)):
+    learnt = {case_id for case_id, role in assignment.role_of.items() if role is Role.LABELLED}
+    if not lists and (gaps := suspect_gaps(checked, learnt, table)):
         notes.append(gaps)
     if table.changes_values:
         changed = ", ".join(f"{a} -> {b}" for a, b in table.source_values.items() if a != b)
