@@ -1,4 +1,4 @@
-"""Fusion of members, and of SAM 2 with the student."""
+"""Fusion of members."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from nnunet_sam2.labelling.fusion import (
-    FusionOptions,
-    confidence_of,
-    fuse,
-    fuse_sources,
-    normalised,
-    source_weights,
-)
+from nnunet_sam2.labelling.fusion import FusionOptions, confidence_of, fuse
 from nnunet_sam2.labelling.member import Member
 
 SHAPE = (3, 4, 5)
@@ -166,59 +159,3 @@ def test_labels_above_255_are_kept() -> None:
     label_zyx = fuse([Member(name="a", prob_kzyx=prob)], (300,)).label_zyx
     assert label_zyx.dtype == np.uint16
     assert (label_zyx == 300).all()
-
-
-def _sources() -> dict[str, np.ndarray]:
-    """SAM 2 sees class 1 on the left half and class 2 nowhere; the student sees class 2 on the right."""
-    sam2 = np.zeros((3, *SHAPE), np.float32)
-    student = np.zeros((3, *SHAPE), np.float32)
-    sam2[1, ..., :2], sam2[0, ..., 2:] = 0.8, 0.8
-    sam2[0, ..., :2], sam2[2, ..., 2:] = 0.2, 0.2
-    student[0, ..., :2], student[2, ..., 2:] = 0.8, 0.8
-    student[1, ..., :2], student[0, ..., 2:] = 0.2, 0.2
-    return {"sam2": sam2, "student": student}
-
-
-def test_each_class_is_taken_from_the_source_that_is_better_at_it() -> None:
-    quality = {"sam2": {1: 0.9, 2: 0.3}, "student": {1: 0.3, 2: 0.9}}
-    fused = fuse_sources(_sources(), (1, 2), quality=quality, options=FusionOptions(components="none"))
-    assert (fused.label_zyx[..., :2] == 1).all()
-    assert (fused.label_zyx[..., 2:] == 2).all()
-    worse = {"sam2": {1: 0.3, 2: 0.9}, "student": {1: 0.9, 2: 0.3}}
-    assert not fuse_sources(_sources(), (1, 2), quality=worse, options=FusionOptions(components="none")).label_zyx.any()
-
-
-def test_the_more_confident_source_wins_where_quality_is_equal() -> None:
-    sources = _sources()
-    sources["sam2"][1, ..., :2], sources["sam2"][0, ..., :2] = 0.99, 0.01
-    fused = fuse_sources(sources, (1, 2), quality={"sam2": {1: 0.8, 2: 0.8}, "student": {1: 0.8, 2: 0.8}})
-    assert (fused.label_zyx[..., :2] == 1).all()
-
-
-def test_one_source_alone_comes_out_as_it_went_in() -> None:
-    prob = _sources()["sam2"]
-    fused = fuse_sources({"sam2": prob}, (1, 2), options=FusionOptions(components="none"))
-    np.testing.assert_allclose(fused.prob_czyx, normalised(prob), atol=1e-6)
-
-
-def test_stored_bytes_count_as_probabilities() -> None:
-    prob = _sources()["sam2"]
-    stored = np.round(prob * 255).astype(np.uint8)
-    fused = fuse_sources({"sam2": stored}, (1, 2), options=FusionOptions(components="none"))
-    np.testing.assert_allclose(fused.prob_czyx, prob, atol=1 / 255)
-
-
-def test_sources_of_different_shape_are_refused() -> None:
-    with pytest.raises(ValueError, match="differ in shape"):
-        fuse_sources({"a": np.zeros((3, 1, 1, 1), np.float32), "b": np.zeros((3, 1, 1, 2), np.float32)}, (1, 2))
-
-
-def test_unknown_quality_counts_as_the_mean_of_what_is_known() -> None:
-    weights = source_weights({"sam2": {1: 0.8, 2: None}, "student": {}}, (1, 2))
-    np.testing.assert_allclose(weights["sam2"], [0.5, 0.5])
-    np.testing.assert_allclose(weights["sam2"] + weights["student"], 1.0)
-
-
-def test_a_source_that_never_finds_a_class_has_no_say_in_it() -> None:
-    weights = source_weights({"sam2": {1: 0.7}, "student": {1: 0.0}}, (1,))
-    np.testing.assert_allclose(weights["student"], [0.0])

@@ -1,8 +1,8 @@
-"""Many members, or SAM 2 and the student, become one pseudo-label."""
+"""Many members become one pseudo-label."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,8 +16,6 @@ COMPONENTS = ("auto", "largest", "confident", "none")
 
 GIVEN = "given"
 """Among a strategy's own options: the way that labelling as a whole was given."""
-
-_TINY = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,74 +88,11 @@ def fuse(members: Iterable[Member], class_values: tuple[int, ...], options: Fusi
         del sums.background_zyx
     prob_czyx.clip(0.0, 1.0, out=prob_czyx)
     # The label follows the unnormalised scores: normalising must not lift a class that lost against the background.
-    pseudo = _label(prob_czyx, class_values, options)
+    pseudo = label_by_scores(prob_czyx, class_values, options)
     pseudo.record["members"] = sums.records
     if sums.count > 1:
         pseudo.record["agreement"] = _agreement(sums.packed_masks, pseudo.label_zyx, class_values)
     return pseudo
-
-
-def fuse_sources(
-    prob_czyx: Mapping[str, np.ndarray],
-    class_values: tuple[int, ...],
-    *,
-    quality: Mapping[str, Mapping[int, float | None]] | None = None,
-    options: FusionOptions | None = None,
-    sharpness: float = 2.0,
-) -> PseudoLabel:
-    """Merge whole distributions of several sources (SAM 2, the student) by estimated quality and by confidence.
-
-    ``prob_czyx`` maps a source to its probabilities, background first, float or uint8 (0 to 255). ``quality`` maps a
-    source to its estimated Dice for each class value; None or a missing class counts as the mean of what is known. At
-    every voxel a source weighs (1 / (1 - Dice))^sharpness for the classes that any source sees there, times its own
-    confidence; the distributions are mixed whole, so that they still sum to one. Raises `ValueError` on shapes that
-    differ.
-    """
-    if not prob_czyx:
-        raise ValueError("fuse_sources needs at least one source")
-    options = options or FusionOptions()
-    names = sorted(prob_czyx)
-    maps = {name: normalised(as_probability(prob_czyx[name])) for name in names}
-    shapes = {name: array.shape for name, array in maps.items()}
-    if len(set(shapes.values())) > 1 or next(iter(shapes.values()))[0] != len(class_values) + 1:
-        raise ValueError(f"sources differ in shape or have not {len(class_values) + 1} channels: {shapes}")
-    weights = source_weights({name: (quality or {}).get(name, {}) for name in names}, class_values, sharpness)
-    seen_kzyx = np.maximum.reduce([array[1:] for array in maps.values()]) + np.float32(_TINY)
-    seen_kzyx /= seen_kzyx.sum(axis=0, keepdims=True)
-    mixed_czyx = np.zeros_like(maps[names[0]])
-    total_zyx = np.zeros(mixed_czyx.shape[1:], np.float32)
-    for name in names:
-        weight_zyx = np.tensordot(weights[name], seen_kzyx, axes=1)
-        weight_zyx *= np.float32(0.05) + np.float32(0.95) * confidence_of(maps[name].max(axis=0), options.confidence)
-        mixed_czyx += weight_zyx[None] * maps[name]
-        total_zyx += weight_zyx
-    mixed_czyx /= total_zyx[None]
-    pseudo = _label(mixed_czyx, class_values, options)
-    pseudo.record["sources"] = {
-        name: {"weights": {str(v): float(w) for v, w in zip(class_values, weights[name], strict=True)}}
-        for name in names
-    }
-    return pseudo
-
-
-def source_weights(
-    quality: Mapping[str, Mapping[int, float | None]], class_values: Sequence[int], sharpness: float = 2.0
-) -> dict[str, np.ndarray]:
-    """Turn each source's estimated Dice for each class into weights that sum to one over the sources, float32 (k,)."""
-    known = [v for table in quality.values() for v in table.values() if v is not None]
-    fallback = float(np.mean(known)) if known else 0.5
-    raw = {}
-    for name, table in quality.items():
-        own = [v for v in table.values() if v is not None]
-        default = float(np.mean(own)) if own else fallback
-        dice_k = np.array([default if table.get(v) is None else table[v] for v in class_values], np.float64)
-        # Above 0.98 the estimate's own noise is larger than the differences.
-        raw[name] = (1.0 / (1.0 - dice_k.clip(0.0, 0.98))) ** sharpness * (dice_k > 0.02)
-    total_k = np.sum(list(raw.values()), axis=0)
-    return {
-        name: np.where(total_k > 0, weight_k / np.where(total_k > 0, total_k, 1.0), 1.0 / len(raw)).astype(np.float32)
-        for name, weight_k in raw.items()
-    }
 
 
 def as_probability(values: np.ndarray) -> np.ndarray:
@@ -194,7 +129,7 @@ def label_dtype(class_values: Sequence[int]) -> type[np.unsignedinteger[Any]]:
     return np.uint16 if max(class_values, default=0) > 255 else np.uint8
 
 
-def _label(score_czyx: np.ndarray, class_values: tuple[int, ...], options: FusionOptions) -> PseudoLabel:
+def label_by_scores(score_czyx: np.ndarray, class_values: tuple[int, ...], options: FusionOptions) -> PseudoLabel:
     """Label by the scores, which become the probabilities: the array is changed."""
     values = np.array([0, *class_values], dtype=label_dtype(class_values))
     # Slice by slice, for numpy's indices take eight bytes a voxel.

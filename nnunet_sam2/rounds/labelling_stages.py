@@ -13,7 +13,8 @@ from nnunet_sam2.rounds.context import RunContext
 from nnunet_sam2.rounds.decisions.holds import Holds, holds_to_json
 from nnunet_sam2.rounds.device_memory import on_cpu_if_full
 from nnunet_sam2.rounds.ledger import StageResult
-from nnunet_sam2.rounds.pseudo_labels import Fused, fuse_cases
+from nnunet_sam2.rounds.pseudo_labels import FUSION_VERSION, Fused, fuse_cases
+from nnunet_sam2.rounds.sources import StudentLabels, weigh_sources
 from nnunet_sam2.rounds.support_labels import SupportLabelling, SupportLabels, label_stage
 from nnunet_sam2.rounds.training_stages import Student
 from nnunet_sam2.support.library import PROBABILITIES
@@ -148,38 +149,28 @@ class LabellingStages:
         info: Mapping[str, Any],
         what: str,
     ) -> Fused:
-        validation = student.validation_by_value if student else {}
         judged = self.judge(student) if student else None
-        unlabelled = [c.case_id for c in self.run.cohort.unlabelled]
         # Estimates that nobody calibrated weigh and scale, but are no ground to leave anything out.
         least = self.run.options.least_quality if supports.calibration.calibrated else 0.0
         inputs = {
+            "fusion": FUSION_VERSION,
             "supports": supports.digest,
             "student": student.digest if student else None,
+            "predicted": self.run.digest(f"r{student.number:02d}/predict") if student else None,
+            "held_out": self.run.validation_ids,
             "judged": judged,
             "least_quality": least,
             "refined": refined is not None,
-            "sam2_quality": {str(v): q for v, q in supports.quality.items()},
-            "validation": {str(v): q for v, q in validation.items()},
             "previous": previous.digest if previous else None,
             **({"review": holds_to_json(holds)} if holds else {}),
         }
 
         def work() -> StageResult:
-            predicted = self.run.round_folder(student.number) / "student" if student else None
             fused = fuse_cases(
                 self.run.cohort,
-                sam2=supports.folder,
-                student=predicted,
-                student_probabilities=refined or (predicted and predicted / PROBABILITIES),
-                sam2_quality=supports.quality,
-                validation=validation,
-                validation_cases=len(self.run.validation_ids),
+                weigh_sources(self.run.cohort, supports, self._predicted(student, refined) if student else None),
                 out=out,
                 previous=previous.folder if previous else None,
-                sam2_estimates=supports.estimates,
-                student_seen=read_folder(self._judged(student), unlabelled) if student else None,
-                calibration=supports.calibration,
                 least_quality=least,
                 holds=holds,
                 run=self.run.folder,
@@ -188,6 +179,15 @@ class LabellingStages:
 
         event = self.run.ledger.run_stage(stage, inputs, work, what=what)
         return Fused.from_json(out, event["info"], digest=event["digest"])
+
+    def _predicted(self, student: Student, refined: Path | None) -> StudentLabels:
+        folder = self.run.round_folder(student.number) / "student"
+        return StudentLabels(
+            folder=folder,
+            probabilities=refined or folder / PROBABILITIES,
+            held_out=self.run.validation_ids,
+            seen=read_folder(self._judged(student), [c.case_id for c in self.run.cohort.unlabelled]),
+        )
 
     def _judged(self, student: Student) -> Path:
         return self.run.round_folder(student.number) / "student" / "quality"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,27 @@ import numpy as np
 
 from nnunet_sam2.cohort.cohort import Case, Cohort
 from nnunet_sam2.labelling.components import single_component_classes
-from nnunet_sam2.labelling.fusion import FusionOptions, fuse_sources
+from nnunet_sam2.labelling.fusion import FusionOptions
 from nnunet_sam2.labelling.job import CONFIDENCE
 from nnunet_sam2.labelling.leave_one_out import DiceTable
-from nnunet_sam2.labelling.quality.calibration import Calibration
-from nnunet_sam2.labelling.quality.features import CaseFeatures
-from nnunet_sam2.labelling.quality.trust import fused_estimate, judge, spread_quality, trusted_confidence
+from nnunet_sam2.labelling.pooling import fuse_sources
+from nnunet_sam2.labelling.quality.trust import fused_estimate, judge, trusted_confidence
 from nnunet_sam2.progress import track
 from nnunet_sam2.rounds.decisions.holds import CaseHold, Holds
 from nnunet_sam2.rounds.decisions.labels import decide
 from nnunet_sam2.rounds.ending.convergence import Change, class_change, summarise_change
+from nnunet_sam2.rounds.sources import Sources
 from nnunet_sam2.storage import write_json
-from nnunet_sam2.support.library import PROBABILITIES, read_probabilities
+from nnunet_sam2.support.library import read_probabilities
 from nnunet_sam2.volumes import read_label, write_label, write_map
-
-SAM2, STUDENT = "sam2", "student"
 
 CONFIDENT = 0.5
 """Confidence from which on a voxel is called confident: it weighs at least half as much as one of a human label."""
+
+FUSION_VERSION = 2
+"""Raised when the same sources give other labels than before, so that rounds do not mix two ways."""
+
+_CERTAIN = 0.99
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,12 @@ class Fused:
     """Classes that a person drew: every one where the whole label is a person's. The sources have no part in them."""
     accepted: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Classes that stay as a person accepted them; the sources have no part in them either."""
+    temperatures: dict[str, float] = field(default_factory=dict)
+    """What made each source as sure as it is right; above 1 it was too sure."""
+    right: dict[int, float] = field(default_factory=dict)
+    """Estimated share of each class's disagreement between the sources in which SAM 2 is right."""
+    held_out: int = 0
+    """Patients on whose human labels the student was measured."""
     digest: str = ""
 
     def files(self, file_ending: str) -> tuple[Path, ...]:
@@ -83,6 +92,9 @@ class Fused:
             "human_cases": list(self.human_cases),
             "drawn": {name: list(values) for name, values in self.drawn.items()},
             "accepted": {name: list(values) for name, values in self.accepted.items()},
+            "temperatures": self.temperatures,
+            "right": {str(value): share for value, share in self.right.items()},
+            "held_out": self.held_out,
         }
 
     @classmethod
@@ -104,186 +116,185 @@ class Fused:
             human_cases=tuple(value.get("human_cases", ())),
             drawn={name: tuple(values) for name, values in value.get("drawn", {}).items()},
             accepted={name: tuple(values) for name, values in value.get("accepted", {}).items()},
+            temperatures=dict(value.get("temperatures", {})),
+            right={int(key): share for key, share in value.get("right", {}).items()},
+            held_out=value.get("held_out", 0),
             digest=digest,
         )
 
 
-def estimate_student_quality(
-    *,
-    sam2_quality: Mapping[int, float],
-    validation: Mapping[int, float],
-    validation_cases: int,
-    agreement: Mapping[int, float],
-) -> dict[int, float]:
-    """Estimate the student's Dice on unlabelled cases, a class.
+@dataclass(frozen=True, kw_only=True)
+class FusedCase:
+    """Hold one case's label, and what follows for the training on it."""
 
-    What is known without a held-out label: where it agrees with SAM 2 it is right at least as often as SAM 2 is. So its
-    Dice with SAM 2's labels, times theirs with the truth, is a cautious guess, which counts as one validation case
-    among those that there are. (Agreement by itself took the student for as good as its teacher; divided by SAM 2's
-    quality, for better.)
+    label_zyx: np.ndarray
+    confidence_zyx: np.ndarray
+    prob_czyx: np.ndarray
+    estimate: DiceTable
+    """Estimated Dice of each class; empty where no source has an estimate of its own for the case."""
+    left_out: str | None = None
+    distrusted: tuple[int, ...] = ()
+    drawn: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
+
+    def voxels(self, values: Sequence[int]) -> dict[int, int]:
+        """Count the voxels of each class."""
+        return {v: int(np.count_nonzero(self.label_zyx == v)) for v in values}
+
+
+def fuse_case(
+    prob_czyx: Mapping[str, np.ndarray],
+    class_values: tuple[int, ...],
+    *,
+    quality: Mapping[str, DiceTable],
+    temperatures: Mapping[str, float],
+    options: FusionOptions,
+    judged: bool,
+    least_quality: float = 0.0,
+) -> FusedCase:
+    """Fuse the sources of one case and say how far the label is to be trusted.
+
+    ``judged``: the case has estimates of its own. They then scale its confidence, a class below ``least_quality`` is
+    not learnt from, and a case all of whose classes are so is left out.
     """
-    quality = {}
-    for value, agreed in agreement.items():
-        guess = agreed * sam2_quality[value]
-        known = validation.get(value)
-        quality[value] = guess if known is None else (validation_cases * known + guess) / (validation_cases + 1)
-    return quality
+    fused = fuse_sources(prob_czyx, class_values, quality=quality, temperatures=temperatures, options=options)
+    case = FusedCase(
+        label_zyx=fused.label_zyx, confidence_zyx=fused.confidence_zyx, prob_czyx=fused.prob_czyx, estimate={}
+    )
+    if not judged:
+        return case
+    weights = {
+        name: {int(value): weight for value, weight in source["weights"].items()}
+        for name, source in fused.record["sources"].items()
+    }
+    agreement = {int(value): dice for value, dice in fused.record["source_agreement"].items()}
+    verdict = judge(fused_estimate(quality, weights, agreement, case.voxels(class_values)), least_quality)
+    return replace(
+        case,
+        confidence_zyx=trusted_confidence(fused.label_zyx, fused.prob_czyx, class_values, verdict),
+        estimate={v: None if d is None else round(d, 4) for v, d in verdict.estimate.items()},
+        left_out=verdict.reason,
+        distrusted=verdict.failed,
+    )
 
 
 def fuse_cases(
     cohort: Cohort,
+    sources: Sources,
     *,
-    sam2: Path,
-    student: Path | None,
-    student_probabilities: Path | None,
-    sam2_quality: Mapping[int, float],
-    validation: Mapping[int, float],
-    validation_cases: int,
     out: Path,
     previous: Path | None,
-    sam2_estimates: Mapping[str, DiceTable] | None = None,
-    student_seen: Mapping[str, CaseFeatures] | None = None,
-    calibration: Calibration | None = None,
     least_quality: float = 0.0,
     holds: Holds | None = None,
     run: Path | None = None,
 ) -> Fused:
     """Fuse the sources of every unlabelled case into ``out`` and compare with the labels in ``previous``.
 
-    ``sam2`` and ``student`` hold label maps (and ``sam2/probabilities``); ``student_probabilities`` holds the
-    student's probabilities, or what SAM 2 made of them when prompted with its predictions.
-
-    ``sam2_estimates`` holds the estimated Dice of SAM 2's labels by case and class; ``student_seen`` what was seen of
-    the student's, whose known level ``calibration`` then spreads over the cases. Where there is such an estimate, it
-    stands in place of the cohort's in the weights, and the case's confidence is scaled by what comes out. A class whose
-    fused estimate is below ``least_quality`` is not learnt from in that case, and a case all of whose classes are so is
-    left out.
-
-    ``holds`` is people's word, which outranks all of this: `rounds.decisions.labels.decide` applies it to the fused
-    label. ``run`` is the folder with the labels that were accepted.
+    A case is fused by its own estimates where there are such, else by the cohort's. ``holds`` is people's word, which
+    outranks all of this: `rounds.decisions.labels.decide` applies it to the fused label. ``run`` is the folder with the
+    labels that were accepted.
     """
-    values = cohort.class_values
+    values, ending = cohort.class_values, cohort.file_ending
     human = [read_label(cohort.label_path(case))[0] for case in cohort.labelled]
-    options = FusionOptions(single_component_classes=single_component_classes(human, values))
-    ending = cohort.file_ending
-    by_case = {SAM2: sam2_estimates} if sam2_estimates else {}
-    quality: dict[str, dict[int, float]] = {SAM2: {v: sam2_quality.get(v, 0.5) for v in values}}
-    if student is not None:
-        agreement = mean_dice_by_class(cohort, cohort.unlabelled, student, reference=sam2)
-        quality[STUDENT] = estimate_student_quality(
-            sam2_quality=quality[SAM2],
-            validation=validation,
-            validation_cases=validation_cases,
-            agreement={v: agreement.get(v, 0.0) for v in values},
-        )
-        if student_seen and calibration is not None:
-            by_case[STUDENT] = spread_quality(quality[STUDENT], student_seen, calibration)
-
+    options = FusionOptions(single_component_classes=single_component_classes(human, values), confidence="margin")
+    del human
     changes: dict[str, dict[int, float]] = {}
-    voxels: dict[str, dict[int, int]] = {}
-    confidence: dict[str, float] = {}
-    confident: dict[str, float] = {}
-    left_out: dict[str, str] = {}
-    estimates: dict[str, DiceTable] = {}
-    distrusted: dict[str, tuple[int, ...]] = {}
-    drawn: dict[str, tuple[int, ...]] = {}
-    accepted: dict[str, tuple[int, ...]] = {}
+    rows = _Rows()
     for case in track(cohort.unlabelled, what="fusing labels"):
-        name = case.case_id
-        sources = {SAM2: read_probabilities(sam2 / PROBABILITIES / f"{name}.npz")}
-        if student_probabilities is not None:
-            sources[STUDENT] = read_probabilities(student_probabilities / f"{name}.npz")
-        own = {source: _of_case(quality[source], by_case.get(source, {}).get(name)) for source in sources}
-        fused = fuse_sources(sources, values, quality=own, options=options)
-        label_zyx, trusted_zyx = fused.label_zyx, fused.confidence_zyx
-        voxels[name] = _count(label_zyx, values)
-        in_doubt_zyx = fused.confidence_zyx < 0.99
-        reason: str | None = None
-        failed: tuple[int, ...] = ()
-        if any(name in table for table in by_case.values()):
-            weights = {source: _weights(fused.record["sources"][source]) for source in sources}
-            verdict = judge(fused_estimate(own, weights, voxels[name]), least_quality)
-            trusted_zyx = trusted_confidence(trusted_zyx, fused.label_zyx, fused.prob_czyx, values, verdict)
-            estimates[name] = {v: None if d is None else round(d, 4) for v, d in verdict.estimate.items()}
-            reason, failed = verdict.reason, verdict.failed
-        hold = (holds or {}).get(name, CaseHold())
+        name, hold = case.case_id, (holds or {}).get(case.case_id, CaseHold())
+        fused = fuse_case(
+            {s: read_probabilities(folder / f"{name}.npz") for s, folder in sources.probabilities.items()},
+            values,
+            quality={s: _of_case(sources.quality[s], sources.by_case.get(s, {}).get(name)) for s in sources.quality},
+            temperatures=sources.temperatures,
+            options=options,
+            judged=any(name in table for table in sources.by_case.values()),
+            least_quality=least_quality,
+        )
+        # What the sources doubt is looked at, whatever people have said of it since.
+        in_doubt_zyx = fused.confidence_zyx < _CERTAIN
         if hold != CaseHold():
-            decided = decide(
-                case,
-                hold,
-                run=run or out,
-                cohort=cohort,
-                label_zyx=label_zyx,
-                confidence_zyx=trusted_zyx,
-                prob_czyx=fused.prob_czyx,
-                estimate=estimates.get(name, {}),
-                left_out=reason,
-                distrusted=failed,
-            )
-            label_zyx, trusted_zyx = decided.label_zyx, decided.confidence_zyx
-            voxels[name], estimates[name] = _count(label_zyx, values), decided.estimate
-            reason, failed = decided.left_out, decided.distrusted
-            if hold.human is not None:
-                drawn[name] = tuple(sorted(hold.human.classes or values))
-            if kept := set(hold.accepted) - set(drawn.get(name, ())):
-                accepted[name] = tuple(sorted(kept))
-        if reason:
-            left_out[name] = reason
-        elif failed:
-            distrusted[name] = failed
-        doubtful = (label_zyx > 0) | in_doubt_zyx
-        write_label(out / f"{name}{ending}", label_zyx, case.geometry)
-        write_map(out / CONFIDENCE / f"{name}{ending}", trusted_zyx, case.geometry)
-        weights_of_doubtful = trusted_zyx[doubtful]
-        confidence[name] = round(float(weights_of_doubtful.mean()), 4) if doubtful.any() else 1.0
-        confident[name] = round(float((weights_of_doubtful >= CONFIDENT).mean()), 4) if doubtful.any() else 1.0
+            fused = _decided(case, hold, fused, cohort=cohort, run=run or out)
         # A person who has settled every class has seen that there is nothing.
-        if not any(voxels[name].values()) and name not in left_out and not hold.settles(values):
-            left_out[name] = "its label is empty: nnU-Net would learn it as background"
-            distrusted.pop(name, None)
+        if not any(fused.voxels(values).values()) and not fused.left_out and not hold.settles(values):
+            fused = replace(fused, left_out="its label is empty: nnU-Net would learn it as background")
+        write_label(out / f"{name}{ending}", fused.label_zyx, case.geometry)
+        write_map(out / CONFIDENCE / f"{name}{ending}", fused.confidence_zyx, case.geometry)
+        rows.add(name, fused, values, fused.confidence_zyx[(fused.label_zyx > 0) | in_doubt_zyx])
         if previous is not None:
             before, _ = read_label(previous / f"{name}{ending}")
-            changes[name] = class_change(before, label_zyx, values)
-    used = tuple(c.case_id for c in cohort.unlabelled if c.case_id not in left_out)
+            changes[name] = class_change(before, fused.label_zyx, values)
+    used = tuple(c.case_id for c in cohort.unlabelled if c.case_id not in rows.left_out)
     result = Fused(
         folder=out,
         used_cases=used,
         human_cases=tuple(name for name in used if (holds or {}).get(name, CaseHold()).whole_human),
-        left_out=left_out,
         change=summarise_change(changes) if previous is not None else None,
-        quality=quality,
-        voxels=voxels,
-        confidence=confidence,
-        confident=confident,
-        estimates=estimates,
-        distrusted=distrusted,
-        drawn=drawn,
-        accepted=accepted,
+        quality={name: dict(table) for name, table in sources.quality.items()},
+        temperatures={name: round(t, 4) for name, t in sources.temperatures.items()},
+        right={value: round(share, 4) for value, share in sources.right.items()},
+        held_out=sources.held_out,
+        **vars(rows),
     )
     write_json(out / "round.json", result.to_json())
     return result
 
 
-def mean_dice_by_class(
-    cohort: Cohort, cases: Sequence[Case], folder: Path, *, reference: Path | None = None
-) -> dict[int, float]:
-    """Compute the mean Dice a class of the label maps in ``folder`` with ``reference``, or with the human labels.
+@dataclass
+class _Rows:
+    """Gather what is recorded of each case, under the names of `Fused`."""
 
-    A class counts in a case where either side has it and the human label answers for it; voxels with the ignore label
-    count nowhere.
-    """
-    dices: dict[int, list[float]] = {}
-    for case in cases:
-        name = f"{case.case_id}{cohort.file_ending}"
-        mine, _ = read_label(folder / name)
-        other, _ = read_label(reference / name if reference else cohort.label_path(case))
-        if cohort.ignore_value is not None:
-            judged = (other != cohort.ignore_value) & (mine != cohort.ignore_value)
-            mine, other = mine * judged, other * judged
-        known = [value for value in cohort.class_values if reference or case.answers_for(value)]
-        for value, changed in class_change(other, mine, known).items():
-            dices.setdefault(value, []).append(1.0 - changed)
-    return {value: float(np.mean(found)) for value, found in sorted(dices.items())}
+    left_out: dict[str, str] = field(default_factory=dict)
+    voxels: dict[str, dict[int, int]] = field(default_factory=dict)
+    confidence: dict[str, float] = field(default_factory=dict)
+    confident: dict[str, float] = field(default_factory=dict)
+    estimates: dict[str, DiceTable] = field(default_factory=dict)
+    distrusted: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    drawn: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    accepted: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def add(self, name: str, fused: FusedCase, values: Sequence[int], confidence_n: np.ndarray) -> None:
+        """Add a case; ``confidence_n`` are its voxels that are not certain background."""
+        self.voxels[name] = fused.voxels(values)
+        self.confidence[name] = round(float(confidence_n.mean()), 4) if confidence_n.size else 1.0
+        self.confident[name] = round(float((confidence_n >= CONFIDENT).mean()), 4) if confidence_n.size else 1.0
+        if fused.estimate:
+            self.estimates[name] = fused.estimate
+        if fused.left_out:
+            self.left_out[name] = fused.left_out
+        elif fused.distrusted:
+            self.distrusted[name] = fused.distrusted
+        if fused.drawn:
+            self.drawn[name] = fused.drawn
+        if fused.accepted:
+            self.accepted[name] = fused.accepted
+
+
+def _decided(case: Case, hold: CaseHold, fused: FusedCase, *, cohort: Cohort, run: Path) -> FusedCase:
+    """Apply people's word to a fused case."""
+    decided = decide(
+        case,
+        hold,
+        run=run,
+        cohort=cohort,
+        label_zyx=fused.label_zyx,
+        confidence_zyx=fused.confidence_zyx,
+        prob_czyx=fused.prob_czyx,
+        estimate=fused.estimate,
+        left_out=fused.left_out,
+        distrusted=fused.distrusted,
+    )
+    drawn = () if hold.human is None else tuple(sorted(hold.human.classes or cohort.class_values))
+    return replace(
+        fused,
+        label_zyx=decided.label_zyx,
+        confidence_zyx=decided.confidence_zyx,
+        estimate=decided.estimate,
+        left_out=decided.left_out,
+        distrusted=decided.distrusted,
+        drawn=drawn,
+        accepted=tuple(sorted(set(hold.accepted) - set(drawn))),
+    )
 
 
 def _of_case(cohort: Mapping[int, float], case: DiceTable | None) -> DiceTable:
@@ -293,10 +304,6 @@ def _of_case(cohort: Mapping[int, float], case: DiceTable | None) -> DiceTable:
 
 def _count(label_zyx: np.ndarray, values: Sequence[int]) -> dict[int, int]:
     return {v: int((label_zyx == v).sum()) for v in values}
-
-
-def _weights(record: Mapping[str, Any]) -> dict[int, float]:
-    return {int(value): weight for value, weight in record["weights"].items()}
 
 
 def _text_keys(table: Mapping[str, Mapping[int, Any]]) -> dict[str, dict[str, Any]]:

@@ -28,8 +28,13 @@ class SupportLabels:
     """Hold what SAM 2 made of the unlabelled cases from the supports alone."""
 
     folder: Path
+    """Labels of the unlabelled cases, with their probabilities."""
+    labelled: Path
+    """Labels of labelled cases, each made from the others."""
+    checked: tuple[str, ...]
+    """The labelled cases in there; none where there is just one."""
     quality: dict[int, float]
-    """Dice of each class on labelled cases, each labelled from the others; empty where there is just one."""
+    """Dice of each class on ``checked``."""
     estimates: dict[str, DiceTable]
     """Estimated Dice of each unlabelled case and class."""
     calibration: Calibration
@@ -125,6 +130,8 @@ class SupportLabelling:
         )
         return SupportLabels(
             folder=out / "unlabelled",
+            labelled=out / "labelled",
+            checked=tuple(checkable),
             quality={int(value): dice for value, dice in checked["info"]["dice"].items()},
             estimates={c: read_estimates(read_json(record_path(out / "unlabelled", c))) for c in unlabelled},
             calibration=calibration,

@@ -11,12 +11,21 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import expit, logit
 
+from nnunet_sam2.labelling.fusion import confidence_of
 from nnunet_sam2.labelling.leave_one_out import DiceTable
 from nnunet_sam2.labelling.quality.calibration import Calibration
 from nnunet_sam2.labelling.quality.features import CaseFeatures
+from nnunet_sam2.labelling.temperature import (
+    DOUBTED,
+    LEAST,
+    LEAST_PROBABILITY,
+    MOST,
+    in_doubt,
+    log_probability,
+    softmax,
+)
 
-DOUBTED = 0.1
-"""Probability from which on a voxel may belong to a class whose label is not trusted."""
+_TEMPERATURES = tuple(np.geomspace(LEAST, MOST, 49).tolist())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +52,16 @@ def judge(estimate: DiceTable, least: float) -> Verdict:
 
 
 def fused_estimate(
-    sources: Mapping[str, DiceTable], weights: Mapping[str, Mapping[int, float]], voxels: Mapping[int, int]
+    sources: Mapping[str, DiceTable],
+    weights: Mapping[str, Mapping[int, float]],
+    agreement: DiceTable,
+    voxels: Mapping[int, int],
 ) -> DiceTable:
-    """Estimate a fused label's Dice by class: the mean of its sources', weighted as they were fused.
+    """Estimate a fused label's Dice by class from its sources', their weights and their Dice with each other.
 
-    A class that nobody drew stands at 0 where a source takes it for missed, and is unknown elsewhere.
+    Borders are displaced by 1 - Dice, on a scale, and what is drawn is their weighted mean: so squared errors average
+    by weight, less by what the sources do not share, ``w1 e1^2 + w2 e2^2 - w1 w2 D^2`` with the disagreement D. A class
+    that nobody drew stands at 0 where a source takes it for missed, and is unknown elsewhere.
     """
     table: DiceTable = {}
     for value, count in voxels.items():
@@ -56,37 +70,65 @@ def fused_estimate(
             table[value] = 0.0 if 0.0 in known.values() else None
             continue
         total = sum(weights[name][value] for name in known)
-        table[value] = sum(weights[name][value] * dice for name, dice in known.items()) / total if total > 0 else None
+        if not total > 0:
+            table[value] = None
+            continue
+        shares = {name: weights[name][value] / total for name in known}
+        squared = sum(share * (1.0 - known[name]) ** 2 for name, share in shares.items())
+        if len(known) == 2 and (agreed := agreement.get(value)) is not None:
+            squared -= float(np.prod(list(shares.values()))) * (1.0 - agreed) ** 2
+        table[value] = 1.0 - float(np.sqrt(max(squared, 0.0)))
     return table
 
 
 def trusted_confidence(
-    confidence_zyx: np.ndarray,
-    label_zyx: np.ndarray,
-    prob_czyx: np.ndarray,
-    class_values: Sequence[int],
-    verdict: Verdict,
+    label_zyx: np.ndarray, prob_czyx: np.ndarray, class_values: Sequence[int], verdict: Verdict
 ) -> np.ndarray:
-    """Scale voxels' confidence by the estimated Dice of the classes that are in question there, float32, 0 to 1.
+    """Say of each voxel how much surer its label is right than wrong, float32: 2 P - 1, and 0 at a half and below.
 
-    Both sides of a class's border are scaled alike, so that the loss keeps its balance between class and background.
-    Where no class has a probability of `DOUBTED` the scaling fades out: that nothing is there far from every organ is
-    certain however the organs were drawn. Where a failed class is or may be, confidence is 0: such voxels are neither
+    P is the label's probability, made as sure as the classes' estimated Dice allows: by the temperature of each class
+    at which its probabilities foretell that Dice. So an estimate acts where there is doubt, on both sides of a border
+    alike, and hardly on what is certain: the inside, and background far from every organ (where no class has
+    `DOUBTED` the temperature fades out). Where a failed class is or may be, confidence is 0: such voxels are neither
     class nor background.
     """
-    known = [dice for dice in verdict.estimate.values() if dice is not None]
-    if not known:
-        return confidence_zyx
-    mean = float(np.mean(known))
-    dice_k = np.array([mean if (d := verdict.estimate.get(v)) is None else d for v in class_values], np.float32)
-    seen_zyx = prob_czyx[1:].sum(axis=0) + np.float32(1e-6)
-    dice_zyx = np.tensordot(dice_k, prob_czyx[1:] + np.float32(1e-6) / len(dice_k), axes=1) / seen_zyx
-    in_question_zyx = np.minimum(seen_zyx / np.float32(DOUBTED), 1.0)
-    scaled_zyx = confidence_zyx * (1.0 - in_question_zyx * (1.0 - dice_zyx))
+    temperature_k = np.ones(len(class_values), np.float32)
+    for k, value in enumerate(class_values):
+        if (dice := verdict.estimate.get(value)) is not None:
+            temperature_k[k] = _foretelling(prob_czyx[k + 1], label_zyx == value, dice)
+    values = np.array([0, *class_values])
+    trusted_zyx = np.empty(label_zyx.shape, np.float32)
+    # Slice by slice, for a whole map of powers would be one array too many.
+    for z, label_yx in enumerate(label_zyx):
+        prob_cyx = prob_czyx[:, z]
+        seen_yx = prob_cyx[1:].sum(axis=0) + np.float32(1e-6)
+        excess_yx = np.tensordot(temperature_k - 1.0, prob_cyx[1:], axes=1) / seen_yx
+        temperature_yx = 1.0 + excess_yx * in_doubt(seen_yx)
+        right_cyx = softmax(log_probability(prob_cyx.copy()) / temperature_yx)
+        right_yx = np.take_along_axis(right_cyx, np.searchsorted(values, label_yx)[None], axis=0)[0]
+        trusted_zyx[z] = confidence_of(right_yx, "margin")
     for k, value in enumerate(class_values):
         if value in verdict.failed:
-            scaled_zyx[(label_zyx == value) | (prob_czyx[k + 1] >= DOUBTED)] = 0.0
-    return np.asarray(scaled_zyx, np.float32)
+            trusted_zyx[(label_zyx == value) | (prob_czyx[k + 1] >= DOUBTED)] = 0.0
+    return trusted_zyx
+
+
+def _foretelling(prob_zyx: np.ndarray, mask_zyx: np.ndarray, dice: float) -> float:
+    """Find the temperature at which a class's probabilities foretell a Dice of its mask."""
+    # In steps of probability: as fine as they are stored, and a bisection needs no pass over voxels.
+    steps = np.linspace(0.0, 1.0, 256)
+    of_voxel = np.rint(prob_zyx * 255.0).astype(np.uint8)
+    inside = np.bincount(of_voxel[mask_zyx], minlength=256)
+    every = np.bincount(of_voxel.ravel(), minlength=256)
+    if not inside.sum():
+        return 1.0
+    odds, doubt = logit(steps.clip(LEAST_PROBABILITY, 1.0 - LEAST_PROBABILITY)), in_doubt(steps)
+
+    def foretold(temperature: float) -> float:
+        right = np.where(steps > 0, expit(odds / (1.0 + (temperature - 1.0) * doubt)), 0.0)
+        return float(2.0 * (inside * right).sum() / (inside.sum() + (every * right).sum()))
+
+    return min(_TEMPERATURES, key=lambda t: abs(foretold(t) - dice))
 
 
 def spread_quality(

@@ -13,7 +13,7 @@ import numpy as np
 
 from nnunet_sam2.cohort.cohort import Case, Cohort
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.labelling.quality.trust import DOUBTED
+from nnunet_sam2.labelling.temperature import DOUBTED
 from nnunet_sam2.rounds.decisions.holds import CaseHold
 from nnunet_sam2.rounds.decisions.record import accepted_path
 from nnunet_sam2.storage import file_hash
