@@ -27,7 +27,7 @@ def true_label(rng: np.random.Generator) -> np.ndarray:
 
 def _wobble(mask_zyx: Mask, value: int, rng: np.random.Generator, voxels: float) -> Mask:
     field_zyx = gaussian_filter(rng.normal(size=mask_zyx.shape), (1.5, 3, 3))
-    return np.asarray(_depth(mask_zyx) + voxels * field_zyx / field_zyx.std() > 0)
+    return np.asarray(depth(mask_zyx) + voxels * field_zyx / field_zyx.std() > 0)
 
 
 def _islands(mask_zyx: Mask, value: int, rng: np.random.Generator) -> Mask:
@@ -52,13 +52,13 @@ BOLDNESS = {"over-confident": 4.0, "well calibrated": 1.0, "under-confident": 0.
 def make_source(label_zyx: np.ndarray, corruption: str, boldness: str, rng: np.random.Generator) -> np.ndarray:
     """Return probabilities (C, Z, Y, X) as they are stored, whose doubt lies around the corrupted borders."""
     wrong = [CORRUPTIONS[corruption](label_zyx == value, value, rng) for value in VALUES]
-    log_odds = [BOLDNESS[boldness] * 1.7 * _depth(mask_zyx) for mask_zyx in wrong]
+    log_odds = [BOLDNESS[boldness] * 1.7 * depth(mask_zyx) for mask_zyx in wrong]
     class_kzyx = np.stack([expit(odds) for odds in log_odds])
     prob_czyx = np.concatenate([np.prod(1 - class_kzyx, axis=0, keepdims=True), class_kzyx])
     return np.rint(255 * prob_czyx / prob_czyx.sum(axis=0)).astype(np.uint8)
 
 
-def _depth(mask_zyx: Mask) -> np.ndarray:
+def depth(mask_zyx: Mask) -> np.ndarray:
     """Return the distance to the border in voxels, positive inside, everywhere finite."""
     if not mask_zyx.any():
         return np.full(mask_zyx.shape, -20.0)

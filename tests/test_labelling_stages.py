@@ -81,7 +81,6 @@ def _student(run: RunContext, like: Path) -> Student:
         configuration="none",
         checkpoint=out,
         validation_dice=None,
-        validation_by_class={},
         digest="student",
     )
 

@@ -63,7 +63,6 @@ class ScriptedTraining:
             configuration=f"r{number:02d}",
             checkpoint=Path("nowhere"),
             validation_dice=dice,
-            validation_by_class={},
             digest=str(number),
         )
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from known_sources import depth
+from scipy.ndimage import binary_dilation, binary_erosion
+from scipy.special import expit
 
 from nnunet_sam2.cohort.cohort import Addition, Cohort
+from nnunet_sam2.labelling.leave_one_out import DiceTable
 from nnunet_sam2.labelling.quality.calibration import Calibration
 from nnunet_sam2.labelling.quality.features import Features
-from nnunet_sam2.labelling.quality.trust import Verdict, spread_quality, trusted_confidence
+from nnunet_sam2.labelling.quality.trust import Verdict, fused_estimate, spread_quality, trusted_confidence
 from nnunet_sam2.rounds.decisions.holds import CaseHold
 from nnunet_sam2.rounds.decisions.record import accepted_path
-from nnunet_sam2.rounds.pseudo_labels import Fused, fuse_cases, mean_dice_by_class
+from nnunet_sam2.rounds.pseudo_labels import Fused, fuse_cases
+from nnunet_sam2.rounds.sources import SAM2, STUDENT, Sources, mean_dice_by_class
 from nnunet_sam2.storage import file_hash, read_json
 from nnunet_sam2.support.library import write_probabilities
 from nnunet_sam2.volumes import read_label, read_map, write_label
@@ -41,16 +47,25 @@ def _boxes(cohort: Cohort, offset: int) -> dict[str, np.ndarray]:
     return labels
 
 
-def _fuse(cohort: Cohort, sam2: Path, student: Path | None, out: Path, **more: object) -> Fused:
-    arguments: dict = {
-        "sam2_quality": {1: 0.8, 2: 0.8},
-        "validation": {},
-        "validation_cases": 0,
-        "previous": None,
-        **more,
-    }
-    probabilities = student / "probabilities" if student else None
-    return fuse_cases(cohort, sam2=sam2, student=student, student_probabilities=probabilities, out=out, **arguments)
+def _fuse(
+    cohort: Cohort,
+    sam2: Path,
+    student: Path | None,
+    out: Path,
+    *,
+    quality: dict[str, dict[int, float]] | None = None,
+    by_case: dict[str, dict[str, DiceTable]] | None = None,
+    previous: Path | None = None,
+    **more: Any,
+) -> Fused:
+    folders = {SAM2: sam2} | ({STUDENT: student} if student else {})
+    sources = Sources(
+        probabilities={name: folder / "probabilities" for name, folder in folders.items()},
+        quality={name: (quality or {}).get(name, {1: 0.8, 2: 0.8}) for name in folders},
+        by_case=by_case or {},
+        temperatures=dict.fromkeys(folders, 1.0),
+    )
+    return fuse_cases(cohort, sources, out=out, previous=previous, **more)
 
 
 def test_without_a_student_the_labels_are_sam2s(cohort: Cohort, tmp_path: Path) -> None:
@@ -79,9 +94,7 @@ def test_where_the_sources_differ_the_better_one_wins_and_the_voxel_is_less_trus
         sam2,
         student,
         tmp_path / "out",
-        sam2_quality={1: 0.95, 2: 0.3},
-        validation={1: 0.3, 2: 0.95},
-        validation_cases=50,
+        quality={SAM2: {1: 0.85, 2: 0.7}, STUDENT: {1: 0.7, 2: 0.85}},
     )
     case_id = cohort.unlabelled[0].case_id
     written, _ = read_label(tmp_path / "out" / f"{case_id}.nii.gz")
@@ -126,7 +139,7 @@ def test_a_class_below_the_least_quality_is_not_learnt_from_and_is_no_background
     weak, fine = (case.case_id for case in cohort.unlabelled)
     estimates = {weak: {1: 0.2, 2: 0.8}, fine: {1: 0.8, 2: 0.8}}
     out = tmp_path / "out"
-    fused = _fuse(cohort, sam2, None, out, sam2_estimates=estimates, least_quality=0.3)
+    fused = _fuse(cohort, sam2, None, out, by_case={SAM2: estimates}, least_quality=0.3)
     assert fused.used_cases == (weak, fine)
     assert fused.distrusted == {weak: (1,)}
     assert fused.estimates == estimates
@@ -142,7 +155,7 @@ def test_a_class_below_the_least_quality_is_not_learnt_from_and_is_no_background
 def test_where_a_distrusted_class_may_also_be_nothing_is_learnt(cohort: Cohort, tmp_path: Path) -> None:
     sam2 = _source(cohort, tmp_path / "sam2", _boxes(cohort, 0), sure=0.75)
     name = cohort.unlabelled[0].case_id
-    fused = _fuse(cohort, sam2, None, tmp_path / "out", sam2_estimates={name: {1: 0.1, 2: 0.9}}, least_quality=0.3)
+    fused = _fuse(cohort, sam2, None, tmp_path / "out", by_case={SAM2: {name: {1: 0.1, 2: 0.9}}}, least_quality=0.3)
     assert fused.distrusted == {name: (1,)}
     # Every voxel has class 1 with an eighth at least.
     assert _confidence(cohort, tmp_path / "out", name).max() == 0
@@ -152,12 +165,12 @@ def test_a_case_without_a_class_worth_learning_is_left_out_with_the_reason(cohor
     sam2 = _source(cohort, tmp_path / "sam2", _boxes(cohort, 0), sure=0.9)
     bad, other = (case.case_id for case in cohort.unlabelled)
     estimates = {bad: {1: 0.2, 2: 0.1}, other: {1: 0.4, 2: None}}
-    fused = _fuse(cohort, sam2, None, tmp_path / "out", sam2_estimates=estimates, least_quality=0.3)
+    fused = _fuse(cohort, sam2, None, tmp_path / "out", by_case={SAM2: estimates}, least_quality=0.3)
     assert fused.used_cases == (other,)
     assert "below 0.3" in fused.left_out[bad]
     assert "class 1: 0.20, class 2: 0.10" in fused.left_out[bad]
     assert Fused.from_json(tmp_path / "out", fused.to_json(), digest="") == fused
-    everything = _fuse(cohort, sam2, None, tmp_path / "all", sam2_estimates=estimates)
+    everything = _fuse(cohort, sam2, None, tmp_path / "all", by_case={SAM2: estimates})
     assert everything.used_cases == (bad, other)
 
 
@@ -175,7 +188,7 @@ def test_of_a_case_that_comes_back_by_an_accepted_class_the_others_are_still_nam
         sam2,
         None,
         tmp_path / "out",
-        sam2_estimates={bad.case_id: {1: 0.2, 2: 0.1}},
+        by_case={SAM2: {bad.case_id: {1: 0.2, 2: 0.1}}},
         least_quality=0.3,
         holds={bad.case_id: CaseHold(accepted={1: seen})},
         run=tmp_path,
@@ -208,17 +221,27 @@ def test_the_record_says_which_classes_people_drew_and_which_they_accepted(cohor
     assert Fused.from_json(tmp_path / "out", older, digest="").drawn == {}
 
 
-def test_confidence_is_scaled_alike_on_both_sides_of_a_border(cohort: Cohort, tmp_path: Path) -> None:
+def test_confidence_keeps_both_sides_of_a_border_and_the_inside_however_low_the_estimate(
+    cohort: Cohort, tmp_path: Path
+) -> None:
     labels = _boxes(cohort, 0)
-    name = cohort.unlabelled[0].case_id
-    one_hot = np.stack([labels[name] == v for v in (0, 1, 2)]).astype(np.float32)
     sam2 = _source(cohort, tmp_path / "sam2", labels, sure=1.0)
-    write_probabilities(sam2 / "probabilities" / f"{name}.npz", 0.9 * one_hot + np.float32(0.1) * one_hot[[1, 0, 2]])
-    _fuse(cohort, sam2, None, tmp_path / "plain")
-    _fuse(cohort, sam2, None, tmp_path / "scaled", sam2_estimates={name: {1: 0.5, 2: 0.9}})
-    plain, scaled = (_confidence(cohort, tmp_path / out, name) for out in ("plain", "scaled"))
-    for mask in (labels[name] == 1, (labels[name] == 0) & (plain < 0.99)):
-        assert (scaled[mask] / plain[mask]).mean() == pytest.approx(0.5, abs=0.03)
+    name = cohort.unlabelled[0].case_id
+    organs = [expit(1.7 * depth(labels[name] == value)) for value in (1, 2)]
+    write_probabilities(sam2 / "probabilities" / f"{name}.npz", np.stack([1 - np.sum(organs, axis=0), *organs]))
+    means = []
+    for dice in (0.9, 0.6):
+        _fuse(cohort, sam2, None, tmp_path / str(dice), by_case={SAM2: {name: {1: dice, 2: dice}}})
+        confidence = _confidence(cohort, tmp_path / str(dice), name)
+        label = read_label(tmp_path / str(dice) / f"{name}.nii.gz")[0]
+        inside, outside = label > 0, label == 0
+        rim = binary_dilation(inside) & outside, binary_dilation(outside) & inside
+        assert confidence[rim[0]].mean() == pytest.approx(confidence[rim[1]].mean(), abs=0.1)
+        deep = binary_erosion(inside, iterations=2)
+        assert confidence[deep].mean() > max(0.65, confidence[rim[1]].mean() + 0.2)
+        assert confidence[outside & ~binary_dilation(inside, iterations=6)].min() > 0.98
+        means.append(confidence[inside].mean())
+    assert means[0] > means[1] + 0.05
 
 
 def test_each_case_is_fused_by_its_own_estimates(cohort: Cohort, tmp_path: Path) -> None:
@@ -226,22 +249,11 @@ def test_each_case_is_fused_by_its_own_estimates(cohort: Cohort, tmp_path: Path)
     sam2 = _source(cohort, tmp_path / "sam2", here, sure=0.9)
     student = _source(cohort, tmp_path / "student", there, sure=0.9)
     good, failed = (case.case_id for case in cohort.unlabelled)
-
-    def seen(level: float) -> dict[int, Features]:
-        found = Features(voxels=9, shown_in=1.0, reverse={"a": level}, agreement={"a": level}, inside=level)
-        return {1: found, 2: found}
-
-    _fuse(
-        cohort,
-        sam2,
-        student,
-        tmp_path / "out",
-        sam2_estimates={good: {1: 0.9, 2: 0.9}, failed: {1: 0.1, 2: 0.1}},
-        student_seen={good: seen(0.5), failed: seen(0.8)},
-        calibration=Calibration(class_values=cohort.class_values),
-        validation={1: 0.7, 2: 0.7},
-        validation_cases=50,
-    )
+    by_case: dict[str, dict[str, DiceTable]] = {
+        SAM2: {good: {1: 0.9, 2: 0.9}, failed: {1: 0.1, 2: 0.1}},
+        STUDENT: {good: {1: 0.6, 2: 0.6}, failed: {1: 0.8, 2: 0.8}},
+    }
+    _fuse(cohort, sam2, student, tmp_path / "out", by_case=by_case)
     for name, expected in ((good, here), (failed, there)):
         written, _ = read_label(tmp_path / "out" / f"{name}{cohort.file_ending}")
         np.testing.assert_array_equal(written, expected[name])
@@ -287,11 +299,29 @@ def test_ignored_voxels_count_nowhere(cohort: Cohort, tmp_path: Path) -> None:
     assert mean_dice_by_class(with_ignore, [case], predicted, reference=tmp_path / "truth") == {1: 1.0, 2: 1.0}
 
 
-def test_background_far_from_every_organ_keeps_its_confidence_and_a_border_is_scaled_alike_on_both_sides() -> None:
-    # From the organ's middle to far away, along one line.
-    organ_x = np.array([1.0, 0.6, 0.4, 0.1, 0.05, 0.0], np.float32)
+def test_a_low_estimate_acts_on_what_is_in_doubt_alike_on_both_sides_and_not_on_what_is_certain() -> None:
+    # From the organ's middle to far away, along one line; the last voxels are most of the image.
+    organ_x = np.array([1.0] * 6 + [0.9, 0.7, 0.3, 0.1] + [0.0] * 60, np.float32)
     prob_czyx = np.stack([1 - organ_x, organ_x])[:, None, None]
     label_zyx = (organ_x > 0.5).astype(np.uint8)[None, None]
-    verdict = Verdict(estimate={1: 0.7}, failed=(), reason=None)
-    trusted_x = trusted_confidence(np.ones((1, 1, 6), np.float32), label_zyx, prob_czyx, (1,), verdict)[0, 0]
-    np.testing.assert_allclose(trusted_x, [0.7, 0.7, 0.7, 0.7, 0.85, 1.0], atol=1e-4)
+
+    def trusted(dice: float) -> np.ndarray:
+        verdict = Verdict(estimate={1: dice}, failed=(), reason=None)
+        return trusted_confidence(label_zyx, prob_czyx, (1,), verdict)[0, 0]
+
+    fine, poor = trusted(0.95), trusted(0.7)
+    for x, mirrored in ((6, 9), (7, 8)):
+        assert poor[x] == pytest.approx(poor[mirrored], abs=1e-3)
+        assert poor[x] < fine[x] - 0.1
+    assert poor[0] > 0.6
+    assert poor[10:].min() > 0.98
+
+
+def test_a_fused_label_is_expected_to_be_better_than_sources_that_err_apart_and_not_than_one_twice() -> None:
+    sources: dict[str, DiceTable] = {"a": {1: 0.8}, "b": {1: 0.8}}
+    weights = {"a": {1: 0.5}, "b": {1: 0.5}}
+    # Errors of 0.2 each that have nothing in common differ by 0.2 times the root of two.
+    apart = fused_estimate(sources, weights, {1: 1 - 0.2 * 2**0.5}, {1: 9})
+    assert apart[1] == pytest.approx(1 - 0.2 / 2**0.5)
+    assert fused_estimate(sources, weights, {1: 1.0}, {1: 9}) == {1: pytest.approx(0.8)}
+    assert fused_estimate({"a": {1: 0.0}, "b": {1: None}}, weights, {1: None}, {1: 0}) == {1: 0.0}

@@ -16,7 +16,6 @@ from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.rounds.ledger import Ledger, StageResult
 from nnunet_sam2.rounds.lock import only_run
 from nnunet_sam2.rounds.options import RunOptions, describe_difference
-from nnunet_sam2.rounds.pseudo_labels import estimate_student_quality
 from nnunet_sam2.rounds.state import read_state
 from nnunet_sam2.trainers.settings import RoundSettings
 
@@ -181,12 +180,3 @@ def test_the_cpu_profile_trains_with_the_light_schedule_and_has_no_last_training
     assert options.training(LIGHT).num_epochs == 3
     assert options.training(LIGHT).optimizer == "adamw"
     assert not options.has_final
-
-
-def test_the_students_quality_is_guessed_with_caution_and_corrected_by_validation() -> None:
-    guess = estimate_student_quality(sam2_quality={1: 0.5}, validation={}, validation_cases=0, agreement={1: 0.8})
-    assert guess == pytest.approx({1: 0.4})
-    corrected = estimate_student_quality(
-        sam2_quality={1: 0.5, 2: 1.0}, validation={1: 0.7}, validation_cases=2, agreement={1: 0.8, 2: 0.3}
-    )
-    assert corrected == pytest.approx({1: 0.6, 2: 0.3})

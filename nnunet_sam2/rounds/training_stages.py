@@ -25,18 +25,7 @@ class Student:
     checkpoint: Path
     validation_dice: float | None
     """Mean Dice on the fold's held-out human labels; None where there are none."""
-    validation_by_class: dict[str, float]
     digest: str
-
-    @property
-    def validation_by_value(self) -> dict[int, float]:
-        """Give each label value the validation Dice of its class, or the mean of the regions that hold it."""
-        quality: dict[int, list[float]] = {}
-        for name, dice in self.validation_by_class.items():
-            for value in name.strip("()").split(","):
-                if value.strip():
-                    quality.setdefault(int(value), []).append(dice)
-        return {value: sum(dices) / len(dices) for value, dices in quality.items()}
 
 
 class TrainingStages:
@@ -184,7 +173,6 @@ class TrainingStages:
             configuration=name,
             checkpoint=self.run.folders.results / event["info"]["checkpoint"],
             validation_dice=event["info"]["validation_dice"],
-            validation_by_class=event["info"]["validation_by_class"],
             digest=event["digest"],
         )
 

@@ -218,6 +218,10 @@ def _round_text(folder: Path, path: Path, fused: Json, names: Mapping[str, str])
     by_hand = all(people.get(value) == "drawn by hand" for value in names)
     what = "drawn by hand" if by_hand else f"mean confidence {_number(fused['confidence'])} where in doubt"
     lines = [f"{'label' if by_hand else 'fused label'} ({path.relative_to(folder)}): {what}"]
+    if fused["temperatures"] and not by_hand:
+        sure = ", ".join(f"{source} {_number(found)}" for source, found in fused["temperatures"].items())
+        measured = f"; the student measured on {fused['held_out']} held out" if fused["held_out"] else ""
+        lines.append(f"  temperatures before fusion (above 1: was too sure): {sure}{measured}")
     for value, name in names.items():
         sources = [
             f"{source} with estimated Dice {_number(table[value])}"
@@ -226,7 +230,9 @@ def _round_text(folder: Path, path: Path, fused: Json, names: Mapping[str, str])
         ]
         changed = fused["change"].get(value)
         since = "" if changed is None else f"; changed by {changed:.3f} since the round before"
-        origin = f", {people[value]}" if value in people else f" from {', '.join(sources)}"
+        right = fused["right"].get(value)
+        differ = "" if right is None else f", sam2 right in {right:.2f} of where they differ"
+        origin = f", {people[value]}" if value in people else f" from {', '.join(sources)}{differ}"
         lines.append(f"  class {value} ({name}): {fused['voxels'].get(value, 0)} voxels{origin}{since}")
         if value in fused["estimates"] and value not in people:
             expected = fused["estimates"][value]
@@ -245,6 +251,9 @@ def _of_case(fused: Json, case_id: str) -> dict[str, Any]:
         "voxels": fused["voxels"][case_id],
         "confidence": fused.get("confidence", {}).get(case_id),
         "quality": fused.get("quality", {}),
+        "temperatures": fused.get("temperatures", {}),
+        "right": fused.get("right", {}),
+        "held_out": fused.get("held_out", 0),
         "change": ((fused.get("change") or {}).get("by_case") or {}).get(case_id, {}),
         "left_out": fused.get("left_out", {}).get(case_id),
         "estimates": fused.get("estimates", {}).get(case_id, {}),
