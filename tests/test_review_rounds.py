@@ -44,7 +44,7 @@ def _drawn(shape_zyx: tuple[int, ...], shift: int = 0) -> np.ndarray:
 
 
 def _write_source(run: RunContext, out: Path) -> None:
-    for case in run.cohort.unlabelled:
+    for case in (*run.cohort.unlabelled, *run.cohort.labelled):
         label = _drawn(case.geometry.shape_zyx)
         write_label(out / f"{case.case_id}.nii.gz", label, case.geometry)
         one_hot = np.stack([label == value for value in (0, 1, 2)]).astype(np.float32)
@@ -99,6 +99,8 @@ class Labelling(LabellingStages):
         _write_source(self.run, self.run.folder / "sam2" / "unlabelled")
         return SupportLabels(
             folder=self.run.folder / "sam2" / "unlabelled",
+            labelled=self.run.folder / "sam2" / "unlabelled",
+            checked=tuple(c.case_id for c in self.run.cohort.labelled),
             quality={1: 0.8, 2: 0.8},
             estimates={c.case_id: {1: 0.8, 2: 0.8} for c in self.run.cohort.unlabelled},
             calibration=Calibration(class_values=self.run.cohort.class_values),

@@ -156,7 +156,6 @@ class LabellingStages:
             "fusion": FUSION_VERSION,
             "supports": supports.digest,
             "student": student.digest if student else None,
-            "predicted": self.run.digest(f"r{student.number:02d}/predict") if student else None,
             "held_out": self.run.validation_ids,
             "judged": judged,
             "least_quality": least,

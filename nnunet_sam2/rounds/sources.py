@@ -74,7 +74,7 @@ def weigh_sources(cohort: Cohort, sam2: SupportLabels, student: StudentLabels | 
     level = {v: quality[SAM2][v] if (dice := expected[v]) is None else dice for v in values}
     agreement = mean_dice_by_class(cohort, cohort.unlabelled, student.folder, reference=sam2.folder)
     held_out = [cohort.case(case_id) for case_id in student.held_out]
-    measured = shares_right(cohort, held_out, sam2.labelled, student.folder)
+    measured = shares_right(cohort, [c for c in held_out if c in labelled], sam2.labelled, student.folder)
     agreed = {v: agreement.get(v, 0.0) for v in values}
     right = {v: share_right(level[v], agreed[v], measured.get(v, ())) for v in values}
     quality[STUDENT] = {v: student_dice(level[v], agreed[v], right[v]) for v in values}
