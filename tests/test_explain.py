@@ -118,12 +118,17 @@ def test_a_runs_folder_tells_what_its_rounds_made_of_the_label(
         quality={"sam2": {1: 0.8}, "student": {1: 0.9}},
         voxels={case_id: {1: 34}},
         confidence={case_id: 0.75},
+        temperatures={"sam2": 0.65, "student": 1.27},
+        right={1: 0.4},
+        held_out=2,
     )
     write_json(tmp_path / "run" / "r02" / "labels" / "round.json", fused.to_json())
     for folder in (tmp_path, tmp_path / "run"):
         text = _explained(capsys, case_id, "-o", str(folder))
         assert "sam2/unlabelled/members" in text
         assert "34 voxels from sam2 with estimated Dice 0.80, student with estimated Dice 0.90" in text
+        assert "sam2 right in 0.40 of where they differ" in text
+        assert "sam2 0.65, student 1.27; the student measured on 2 held out" in text
         assert "changed by 0.125 since the round before" in text
         assert "left out: not trained on, because its label is empty" in text
 

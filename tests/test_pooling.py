@@ -140,8 +140,16 @@ def test_sources_of_different_shape_and_more_than_two_are_refused() -> None:
 def test_a_source_weighs_by_the_share_of_the_disagreement_in_which_it_is_right() -> None:
     # Errors of 0.1 and 0.2 and a disagreement of 0.2: three quarters of it are the second's fault.
     weights = source_weights({"sam2": {1: 0.9}, "student": {1: 0.8}}, {1: 0.8}, (1,))
-    np.testing.assert_allclose(weights["sam2"], [0.75])
-    np.testing.assert_allclose(weights["student"], [0.25])
+    mine, theirs = 0.75 * 0.9, 0.25 * 0.8
+    np.testing.assert_allclose(weights["sam2"], [mine / (mine + theirs)], rtol=1e-6)
+    np.testing.assert_allclose(weights["sam2"] + weights["student"], 1.0)
+
+
+def test_more_disagreement_than_both_errors_explain_is_sooner_the_worse_sources_fault() -> None:
+    expected, puzzling = (
+        source_weights({"sam2": {1: 0.9}, "student": {1: 0.7}}, {1: agreed}, (1,))["sam2"][0] for agreed in (0.6, 0.1)
+    )
+    assert puzzling == expected > 0.75
 
 
 def test_unknown_quality_counts_as_the_mean_of_what_is_known() -> None:

@@ -15,8 +15,6 @@ from nnunet_sam2.labelling.member import PseudoLabel
 from nnunet_sam2.labelling.temperature import in_doubt, log_probability, softmax
 
 _TINY = 1e-6
-_NOTHING = 0.02
-"""Estimated Dice of a class that a source does not find."""
 
 
 def fuse_sources(
@@ -83,24 +81,25 @@ def source_weights(
     to be decided; where they differ, one of them is wrong, so that the difference of their errors is the difference
     of what each gets wrong there: with errors e = 1 - Dice and disagreement D, the first is right in
     1/2 + (e2 - e1) / (2 D) of it. A D above e1 + e2 says that one is worse here than estimated, and counts as their
-    sum: the first is then right in e2 / (e1 + e2). The weights of two sources sum to one. Unknown quality counts as the
-    mean of what is known; a source that does not find a class which the other does has no say in it.
+    sum: the first is then right in e2 / (e1 + e2). Each share is multiplied by the source's Dice, for where hardly
+    anything overlaps borders are much further off than 1 - Dice says: a source that does not find a class has no say
+    in it. The weights of two sources sum to one. Unknown quality counts as the mean of what is known.
     """
     names = list(quality)
     if len(names) == 1:
         return {names[0]: np.ones(len(class_values), np.float32)}
     first, second = names
     known = [d for table in quality.values() for d in table.values() if d is not None]
-    share_k = np.full(len(class_values), 0.5, np.float32)
+    weight_k = np.full(len(class_values), 0.5, np.float32)
     for k, value in enumerate(class_values):
         dice, other = (_dice_of(quality[name], value, known) for name in names)
         agreed = agreement.get(value)
         differ = min(0.0 if agreed is None else 1.0 - agreed, (1.0 - dice) + (1.0 - other))
-        if (dice > _NOTHING) != (other > _NOTHING):
-            share_k[k] = float(dice > _NOTHING)
-        elif differ > 0:
-            share_k[k] = np.clip(0.5 + (dice - other) / (2.0 * differ), 0.0, 1.0)
-    return {first: share_k, second: np.float32(1.0) - share_k}
+        right = float(np.clip(0.5 + (dice - other) / (2.0 * differ), 0.0, 1.0)) if differ > 0 else 0.5
+        mine, theirs = right * dice, (1.0 - right) * other
+        if mine + theirs > 0:
+            weight_k[k] = mine / (mine + theirs)
+    return {first: weight_k, second: np.float32(1.0) - weight_k}
 
 
 def _dice_of(table: DiceTable, value: int, known: Sequence[float]) -> float:
