@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from nnunet_sam2.rounds.sources import (
     SAM2,
     STUDENT,
     StudentLabels,
+    human_channels,
     share_right,
     shares_right,
     student_dice,
@@ -158,3 +160,7 @@ def test_who_is_right_is_measured_by_patient_and_where_somebody_judged(cohort: C
     assert shares_right(cohort, [case], tmp_path / "right", tmp_path / "wrong") == {1: [1.0]}
     assert shares_right(cohort, [case], tmp_path / "wrong", tmp_path / "right") == {1: [0.0]}
     assert shares_right(cohort, [case, case], tmp_path / "wrong", tmp_path / "right") == {1: [0.0]}
+    # A label that does not answer for the class says nothing of it, nor of what its background is.
+    other = replace(case, annotated=(2,))
+    assert shares_right(cohort, [other], tmp_path / "right", tmp_path / "wrong") == {}
+    assert set(np.unique(human_channels(cohort, other))) == {-1, 1, 2}

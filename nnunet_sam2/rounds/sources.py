@@ -119,12 +119,13 @@ def shares_right(cohort: Cohort, cases: Sequence[Case], sam2: Path, student: Pat
     """Measure on human labels in what share of their disagreement SAM 2 is right, by class, a value a patient."""
     shares: dict[int, dict[str, list[float]]] = {}
     for case in cases:
-        channels_zyx = human_channels(cohort, case)
+        human_zyx, _ = read_label(cohort.label_path(case))
+        judged_zyx = human_zyx != (-1 if cohort.ignore_value is None else cohort.ignore_value)
         mine, theirs = (read_label(folder / f"{case.case_id}{cohort.file_ending}")[0] for folder in (sam2, student))
-        for k, value in enumerate(cohort.class_values, start=1):
-            differ_zyx = ((mine == value) != (theirs == value)) & (channels_zyx >= 0)
+        for value in filter(case.answers_for, cohort.class_values):
+            differ_zyx = ((mine == value) != (theirs == value)) & judged_zyx
             if total := int(np.count_nonzero(differ_zyx)):
-                right = int(np.count_nonzero(((mine == value) == (channels_zyx == k)) & differ_zyx))
+                right = int(np.count_nonzero(((mine == value) == (human_zyx == value)) & differ_zyx))
                 shares.setdefault(value, {}).setdefault(case.patient, []).append(right / total)
     return {value: [float(np.mean(found)) for found in rows.values()] for value, rows in shares.items()}
 
@@ -136,9 +137,13 @@ def human_temperature(cohort: Cohort, case: Case, labels: Path) -> float:
 
 
 def human_channels(cohort: Cohort, case: Case) -> np.ndarray:
-    """Return a case's human label as channels, int32: 0 background, then the classes; -1 where nothing was judged."""
+    """Return a case's human label as channels, int32: 0 background, then the classes; -1 where nothing was judged.
+
+    Where the label does not answer for some class, its background may be that class.
+    """
     label_zyx, _ = read_label(cohort.label_path(case))
-    channels_zyx = np.zeros(label_zyx.shape, np.int32)
+    answers = all(map(case.answers_for, cohort.class_values))
+    channels_zyx = np.full(label_zyx.shape, 0 if answers else -1, np.int32)
     for k, value in enumerate(cohort.class_values, start=1):
         channels_zyx[label_zyx == value] = k
     if cohort.ignore_value is not None:
@@ -151,7 +156,8 @@ def mean_dice_by_class(
 ) -> dict[int, float]:
     """Compute the mean Dice a class of the label maps in ``folder`` with ``reference``, or with the human labels.
 
-    A class counts in a case where either side has it; voxels with the ignore label count nowhere.
+    A class counts in a case where either side has it and the human label answers for it; voxels with the ignore label
+    count nowhere.
     """
     tables = []
     for case in cases:
@@ -160,7 +166,8 @@ def mean_dice_by_class(
         other, _ = read_label(reference / name if reference else cohort.label_path(case))
         if cohort.ignore_value is not None:
             other = np.where(mine == cohort.ignore_value, cohort.ignore_value, other)
-        tables.append(dice_by_class(mine, other, cohort.class_values, ignore_value=cohort.ignore_value))
+        known = [value for value in cohort.class_values if reference or case.answers_for(value)]
+        tables.append(dice_by_class(mine, other, known, ignore_value=cohort.ignore_value))
     means = mean_dice(tables, cohort.class_values)
     return {value: dice for value, dice in means.items() if dice is not None}
 
