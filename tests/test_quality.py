@@ -207,12 +207,12 @@ def test_a_labelled_case_is_estimated_without_itself() -> None:
 
 
 def test_coverage_is_held_against_what_chance_allows() -> None:
-    check = check_coverage([0.5] * 10, [0.6] * 7 + [0.4] * 3, calibration_cases=9, coverage=0.9)
+    check = check_coverage([0.5] * 10, [0.6] * 7 + [0.4] * 3, calibration_patients=9, coverage=0.9)
     assert (check.held, check.count, check.rate, check.target) == (7, 10, 0.7, 0.9)
     assert check.kept
-    assert not check_coverage([0.5] * 10, [0.4] * 9 + [0.6], calibration_cases=9, coverage=0.9).kept
+    assert not check_coverage([0.5] * 10, [0.4] * 9 + [0.6], calibration_patients=9, coverage=0.9).kept
     with pytest.raises(ValueError, match="at least one"):
-        check_coverage([], [], calibration_cases=9, coverage=0.9)
+        check_coverage([], [], calibration_patients=9, coverage=0.9)
 
 
 def test_a_record_gives_back_what_went_into_it() -> None:

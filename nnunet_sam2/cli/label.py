@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="label the supports as well, each from the others, and show the Dice with their human labels",
+        help="label the supports as well, each from other patients, and show the Dice with their human labels",
     )
     parser.add_argument(
         "--set",
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="calibrated",
         choices=["calibrated", "plain", "off"],
         help="estimate each label's Dice: calibrated on up to eight supports (all with --check), which are labelled "
-        "first, each from the others; plain: without that; off: not at all (default: %(default)s)",
+        "first, each from other patients; plain: without that; off: not at all (default: %(default)s)",
     )
     parser.add_argument("--image-size", type=int, help="SAM 2 input size in pixels (default: the checkpoint's)")
     parser.add_argument("--device", "-device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
@@ -132,17 +132,15 @@ def run(args: argparse.Namespace) -> int:
         student_probabilities=args.student,
         fusion=FusionOptions(components=args.components),
         quality=quality,
-        calibrate_on=_calibrating(args, strategy, supports, cases) if args.quality == "calibrated" else (),
+        calibrate_on=_calibrating(args, cohort, strategy, supports, cases) if args.quality == "calibrated" else (),
     )
     measured = estimated_quality(records, cohort.class_values)
     if any(dice is not None for dice in measured.values()):
-        say(f"Dice with human labels, each case labelled from the others: {_by_class(measured, cohort)}")
+        say(f"Dice with human labels, each case labelled from other patients: {_by_class(measured, cohort)}")
     judged = [record for record in records if read_estimates(record)]
     if judged:
         known = judged[0]["quality"]
-        how = (
-            f"calibrated on {len(known['calibration_cases'])} labelled cases" if known["calibrated"] else "uncalibrated"
-        )
+        how = f"calibrated on {_counted(known)}" if known["calibrated"] else "uncalibrated"
         means = mean_dice([read_estimates(record) for record in judged], cohort.class_values)
         say(f"estimated Dice, mean of {len(judged)} cases ({how}): {_by_class(means, cohort)}")
     empty = [record["case"] for record in records if not any(record["voxels"].values())]
@@ -154,20 +152,31 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _calibrating(
-    args: argparse.Namespace, strategy: Any, supports: Sequence[str], cases: Sequence[str]
+    args: argparse.Namespace, cohort: Cohort, strategy: Any, supports: Sequence[str], cases: Sequence[str]
 ) -> Sequence[str]:
-    """Return the supports to calibrate on, evenly spread over them; none where there are no two."""
+    """Return the supports to calibrate on, of as many patients as can be; none where there are no two patients."""
     from nnunet_sam2.labelling.quality.options import QualityOptions
 
     usable = list(supports)
     if getattr(strategy, "uses_student", False) and args.student is not None:
         usable = [case_id for case_id in supports if (args.student / f"{case_id}.npz").is_file()]
-    if len(usable) < 2:
+    first_of: dict[str, str] = {}
+    for case_id in usable:
+        first_of.setdefault(cohort.case(case_id).patient, case_id)
+    if len(first_of) < 2:
         return ()
     if args.check:
         return [case_id for case_id in usable if case_id in set(cases)]
+    if len(first_of) >= QualityOptions().calibration_cases:
+        usable = list(first_of.values())
     most = min(len(usable), QualityOptions().calibration_cases)
     return [usable[round(i * (len(usable) - 1) / max(1, most - 1))] for i in range(most)]
+
+
+def _counted(quality: Mapping[str, Any]) -> str:
+    """Say what calibrated: patients count, and cases where they are more."""
+    cases, patients = len(quality["calibration_cases"]), len(quality["calibration_patients"])
+    return f"{cases} labelled cases" + (f" of {patients} patients" if patients < cases else "")
 
 
 def _by_class(table: Mapping[int, float | None], cohort: Cohort) -> str:

@@ -146,7 +146,7 @@ class GroupProbe:
         self._probes: dict[tuple[int, ...], QualityProbe] = {}
 
     def measure(self, query: Query, pseudo: PseudoLabel, supports: Sequence[Support]) -> CaseFeatures:
-        """Return the features of every class; ``supports`` are the labelled cases without the query itself."""
+        """Return the features of every class; ``supports`` are labelled cases of other patients."""
         found: CaseFeatures = {}
         for group in class_groups(supports, self._values):
             probe = self._probes.setdefault(group, QualityProbe(group, self._options))

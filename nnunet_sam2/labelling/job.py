@@ -16,7 +16,7 @@ from nnunet_sam2.errors import InputError
 from nnunet_sam2.labelling.class_groups import GroupLabeller, GroupProbe
 from nnunet_sam2.labelling.components import single_component_classes
 from nnunet_sam2.labelling.fusion import FusionOptions
-from nnunet_sam2.labelling.leave_one_out import dice_by_class
+from nnunet_sam2.labelling.leave_one_out import dice_by_class, of_other_patients
 from nnunet_sam2.labelling.member import PseudoLabel
 from nnunet_sam2.labelling.quality.calibration import Calibration
 from nnunet_sam2.labelling.quality.options import QualityOptions
@@ -80,7 +80,7 @@ class Job:
             {
                 **others,
                 "version": _VERSION,
-                "case": [case.case_id, case.voxel_hash, case.geometry.to_json()],
+                "case": [case.case_id, case.patient, case.voxel_hash, case.geometry.to_json()],
                 "supports": [self._support_identity(cohort.case(case_id)) for case_id in self.support_ids],
                 "human_label": self._label_hash(case) if case.role is Role.LABELLED else None,
                 **({"annotated": case.known_classes} if case.known_classes else {}),
@@ -151,14 +151,20 @@ class Job:
         """Label one case, write its files, the record last, and return the record."""
         values = self.cohort.class_values
         query, supports = self.load(case), ready.supports
-        others = [support for support in supports if support.case_id != case.case_id]
+        judges = of_other_patients(query, supports)
+        # A labelled case shows what labels of new patients are worth. Any other takes what help there is.
+        shows = case.role is Role.LABELLED and bool(judges)
+        others = judges if shows else [support for support in supports if support.case_id != case.case_id]
         single = single_component_classes([support.label_zyx for support in others], values)
         fusion = dataclasses.replace(self.fusion, single_component_classes=single)
         rng = np.random.default_rng([self.seed, _number(case.case_id)])
         pseudo = ready.labeller.label(query, others, self.backend, rng, fusion)
         hashes = self._write(case, pseudo)
+        # As the labelled cases that calibrate: by other patients alone, for a patient's own scans agree with any label.
+        features = ready.probe.measure(query, pseudo, judges or others) if ready.probe is not None else None
         record: dict[str, Any] = {
             "case": case.case_id,
+            "patient": case.patient,
             "input_key": key,
             "strategy": self.strategy.name,
             "options": options_json(self.strategy.options),
@@ -167,9 +173,10 @@ class Job:
             "seed": self.seed,
             "supports": [support.case_id for support in others],
             "shown": self.showing.record(query.frames, self.showing.turn(case)),
+            "supports_of_the_patient": [s.case_id for s in others if s.patient_id == query.patient_id],
             "prepared": ready.prepared,
-            "dice_with_human_label": self._dice(case, supports, pseudo),
-            "quality": ready.probe and quality_record(ready.probe.measure(query, pseudo, others), self.calibration),
+            "dice_with_human_label": self._dice(case, supports, pseudo) if shows or not others else None,
+            "quality": None if features is None else quality_record(features, self.calibration),
             **pseudo.record,
             "files": hashes,
         }
@@ -206,7 +213,8 @@ class Job:
         return self.student_probabilities if getattr(self.strategy, "uses_student", False) else None
 
     def _support_identity(self, case: Case) -> list[Any]:
-        identity = [case.case_id, case.voxel_hash, self._label_hash(case), self._student_hash(case.case_id)]
+        hashes = [case.voxel_hash, self._label_hash(case), self._student_hash(case.case_id)]
+        identity = [case.case_id, case.patient, *hashes]
         return identity if case.known_classes is None else [*identity, case.known_classes]
 
     def _label_hash(self, case: Case) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_sam2.cohort.cohort import Cohort, Role
+from nnunet_sam2.cohort.cohort import Case, Cohort, Role
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.labelling.fusion import FusionOptions
 from nnunet_sam2.labelling.job import Job, Ready
@@ -43,9 +43,10 @@ def label_cases(
     ``OUT/members/CASE.json`` (the record) and, where asked for, ``OUT/probabilities/CASE.npz`` (``prob_czyx``, uint8 0
     to 255, background first). ``student_probabilities`` is a folder of such ``CASE.npz``.
 
-    A case never supports itself: a labelled case is labelled from the other supports (leave-one-out), and its record
-    then has ``dice_with_human_label``. A case whose record carries the same inputs and whose files are unchanged is not
-    done again. Raises `InputError` before anything is written where something cannot work.
+    A labelled case is labelled from the supports of other patients (leave-one-out), and its record then has
+    ``dice_with_human_label``; any other from all supports, other scans of its patient among them. A case whose record
+    carries the same inputs and whose files are unchanged is not done again. Raises `InputError` before anything is
+    written where something cannot work.
 
     With ``quality`` the records also say how good each class is taken to be. The estimates follow ``calibration``;
     ``calibrate_on`` names labelled cases to be labelled first, for the calibration of the others (in
@@ -132,9 +133,9 @@ def _check(
     if getattr(strategy, "student_optional", False) and student_probabilities is None:
         uses_student = False
     for case_id in case_ids:
-        cohort.case(case_id)
-        if not uses_student and not [s for s in support_ids if s != case_id]:
-            raise InputError(f"case {case_id} has no support left: a case cannot support itself; label another case")
+        case = cohort.case(case_id)
+        if not uses_student:
+            _require_other_patient(cohort, case, support_ids)
     require_memory(strategy, backend)
     if isinstance(strategy, Limits):
         slice_axis, direction = cohort_slice_axis(cohort), cohort_direction(cohort)
@@ -149,6 +150,18 @@ def _check(
             raise InputError(
                 f"{student_probabilities / missing[0]}.npz is missing: the student has not predicted it yet"
             )
+
+
+def _require_other_patient(cohort: Cohort, case: Case, support_ids: Sequence[str]) -> None:
+    """Raise `InputError` where no support is left for a case: one of another patient, for a labelled case."""
+    if not [s for s in support_ids if s != case.case_id]:
+        raise InputError(f"case {case.case_id} has no support left: a case cannot support itself; label another case")
+    # A label that came later is of use to the other cases; the case itself is labelled as it was planned.
+    if case.as_planned.role is Role.LABELLED and all(cohort.case(s).patient == case.patient for s in support_ids):
+        raise InputError(
+            f"case {case.case_id} has no support left: all {len(support_ids)} show its own patient, {case.patient}; "
+            "label another case or give more --supports (were they several patients: convert with --patient-pattern)"
+        )
 
 
 def _can_label(cohort: Cohort, case_id: str, *more: Any) -> bool:

@@ -1,24 +1,52 @@
-"""What a method is worth, found on labelled cases that it was not allowed to learn from."""
+"""What a method is worth, found on labelled cases that it was not allowed to learn from.
+
+Always the whole patient is left out: another scan of the same person gives an answer away that no new patient has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 
-from nnunet_sam2.support.cases import Support
+from nnunet_sam2.support.cases import Query, Support
 
 DiceTable = dict[int, float | None]
 """Dice for each class value; None where neither side has the class."""
 
 
 def held_out(supports: Sequence[Support]) -> Iterator[tuple[Support, list[Support]]]:
-    """Yield each support with the others; nothing where there is only one, for then nothing can be checked."""
-    if len(supports) < 2:
-        return
-    for i, support in enumerate(supports):
-        yield support, [other for j, other in enumerate(supports) if j != i]
+    """Yield each support with those of other patients; nothing where there is one patient: nothing can be checked."""
+    if several_patients(supports):
+        for support in supports:
+            yield support, of_other_patients(support, supports)
+
+
+def several_patients(supports: Sequence[Support]) -> bool:
+    """Say whether each support can be labelled from supports of another patient."""
+    return len({support.patient_id for support in supports}) > 1
+
+
+def of_other_patients(case: Query | Support, supports: Sequence[Support]) -> list[Support]:
+    """Return the supports that show another patient than a case."""
+    return [support for support in supports if support.patient_id != case.patient_id]
+
+
+def places_of_patient(supports: Sequence[Support], place: int) -> frozenset[int]:
+    """Return the places in the list of all supports that show the patient of the one at ``place``."""
+    patient = supports[place].patient_id
+    return frozenset(i for i, support in enumerate(supports) if support.patient_id == patient)
+
+
+def scans_of(query: Query, patients: Mapping[str, str]) -> frozenset[str]:
+    """Return the ids of the query and of all cases of its patient; ``patients`` maps a case's id to its patient."""
+    return frozenset({query.case_id, *(c for c, patient in patients.items() if patient == query.patient_id)})
+
+
+def patients_by_case(supports: Sequence[Support]) -> dict[str, str]:
+    """Return the patient of each support by the case's id."""
+    return {support.case_id: support.patient_id for support in supports}
 
 
 def dice_by_class(
@@ -66,14 +94,14 @@ def best_choices(
     class_values: Sequence[int],
     *,
     default: str,
-    without: str | None = None,
+    without: Set[str] = frozenset(),
     least_gain: float = 0.0,
 ) -> dict[int, str]:
     """Choose for each class what had the best mean Dice on the checked cases.
 
     ``rows`` maps a case to each choice's Dice. Another choice than ``default`` must beat it by more than
-    ``least_gain``. ``without`` leaves a case's own row out, so that a case's human label has no say in how the case
-    itself is labelled. A class that no checked case has keeps the default.
+    ``least_gain``. ``without`` leaves out the rows of a patient's cases, so that their human labels have no say in how
+    the patient is labelled. A class that no checked case has keeps the default.
     """
     names = sorted({name for row in rows.values() for name in row} - {default})
     chosen = {}
@@ -83,7 +111,7 @@ def best_choices(
             gains = []
             for case_id, row in rows.items():
                 old, new = row[default].get(value), row[name].get(value)
-                if case_id != without and old is not None and new is not None:
+                if case_id not in without and old is not None and new is not None:
                     gains.append(new - old)
             if gains and float(np.mean(gains)) > best_gain:
                 best, best_gain = name, float(np.mean(gains))

@@ -48,7 +48,7 @@ class Prepares(Protocol):
     def prepare(
         self, supports: Sequence[Support], class_values: tuple[int, ...], backend: Sam2Backend
     ) -> dict[str, Any]:
-        """Check on all supports, each left out in turn, and return a JSON record of what was found.
+        """Check on all supports, each patient left out in turn, and return a JSON record of what was found.
 
         What was found on a case is not used when that case is itself the query.
         """

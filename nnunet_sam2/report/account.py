@@ -21,8 +21,9 @@ class ClassQuality:
     sam2: float | None = None
     """Estimated Dice of SAM 2's own label, from which the lower bound starts."""
     lower: float | None = None
-    """Lower bound of SAM 2's Dice; holds in ``coverage`` of new cases."""
+    """Lower bound of SAM 2's Dice; holds in ``coverage`` of new cases as a rule, in ``proven`` for sure."""
     coverage: float | None = None
+    proven: float | None = None
     measured: float | None = None
     """Dice with the human label of a label that had no part in it: the held-out student's, else SAM 2's."""
     change: float | None = None
@@ -172,6 +173,8 @@ class RunAccount:
     round_limit: int
     validation_cases: int = 0
     calibration_cases: int = 0
+    calibration_patients: int = 0
+    """Bounds hold by patients, however many cases each has."""
     calibrated: bool | None = None
     """Whether labelled cases calibrated the estimates; None where there are none."""
     volume_unit: str = "mL"

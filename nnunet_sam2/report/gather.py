@@ -63,6 +63,9 @@ def gather(files: RunFiles) -> RunAccount:
         round_limit=options.round_limit,
         validation_cases=len(files.validation_ids),
         calibration_cases=len(calibration["calibration_cases"]) if calibration else 0,
+        calibration_patients=len(calibration.get("calibration_patients", calibration["calibration_cases"]))
+        if calibration
+        else 0,
         calibrated=None if calibration is None else bool(calibration["calibrated"]),
         volume_unit="pixels" if picture else "mL",
         human_volumes=_human_volumes(cohort),
@@ -171,6 +174,7 @@ def _cases(files: RunFiles, records: Mapping[str, Json]) -> Iterator[CaseAccount
                     sam2=own.get("dice"),
                     lower=own.get("lower"),
                     coverage=own.get("coverage"),
+                    proven=own.get("proven"),
                     measured=measured.get(key) if case.role is Role.LABELLED else None,
                     change=changes.get(name, {}).get(key),
                     voxels=voxels.get(key, 0),

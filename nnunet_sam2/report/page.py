@@ -168,6 +168,7 @@ def _case(case: CaseAccount, pictures: Pictures) -> dict[str, Any]:
                 "s": _short(q.sam2),
                 "l": _short(q.lower),
                 "c": q.coverage,
+                "p": q.proven,
                 "m": _short(q.measured),
                 "d": _short(q.change),
                 "n": q.voxels,

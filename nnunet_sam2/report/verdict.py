@@ -202,10 +202,27 @@ def _estimates(account: RunAccount) -> Finding | None:
     if not account.calibrated:
         text += "; uncalibrated, so take them as a rank order."
         return Finding(level=Level.LOOK, title="Estimates uncalibrated", text=text)
-    text += f"; calibrated on {_cases(account.calibration_cases, 'labelled case')}."
+    text += f"; calibrated on {_cases(account.calibration_cases, 'labelled case')}"
+    if account.calibration_patients < account.calibration_cases:
+        text += f" of {_cases(account.calibration_patients, 'patient')}"
+    text += f"{_promise(account)}."
     if low:
         return Finding(level=Level.LOOK, title=f"Low estimates: {', '.join(low)}", text=text)
     return Finding(level=Level.GOOD, title="Estimated quality", text=text)
+
+
+def _promise(account: RunAccount) -> str:
+    """Say how often lower bounds hold, and what of that is proven; of several promises the weakest."""
+    promised = [
+        (q.coverage, q.proven)
+        for case in account.unlabelled
+        for q in case.classes
+        if q.coverage is not None and q.proven is not None
+    ]
+    if not promised:
+        return ""
+    coverage, proven = min(promised)
+    return f". Lower bounds hold in {coverage:.0%} of new patients' cases as a rule; {proven:.0%} is proven"
 
 
 def _used(account: RunAccount) -> Finding | None:

@@ -30,9 +30,9 @@ class SupportLabels:
     folder: Path
     """Labels of the unlabelled cases, with their probabilities."""
     labelled: Path
-    """Labels of labelled cases, each made from the others."""
+    """Labels of labelled cases, each made from other patients."""
     checked: tuple[str, ...]
-    """The labelled cases in there; none where there is just one."""
+    """The labelled cases in there; none where there is one patient."""
     quality: dict[int, float]
     """Dice of each class on ``checked``."""
     estimates: dict[str, DiceTable]
@@ -81,7 +81,8 @@ class SupportLabelling:
             "seed": self.run.options.seed,
         }
         unlabelled = [c.case_id for c in self.run.cohort.unlabelled]
-        checkable = [c.case_id for c in self.run.cohort.labelled if set(supports) - {c.case_id}]
+        patients = {cohort.case(case_id).patient for case_id in supports}
+        checkable = [c.case_id for c in self.run.cohort.labelled if patients - {c.patient}]
 
         def check() -> StageResult:
             records, files = label_stage(
@@ -100,7 +101,7 @@ class SupportLabelling:
             f"{phase}/sam2_quality",
             {**inputs, "quality": QualityOptions().looked_at},
             check,
-            what="SAM 2 labels the labelled cases, each from the others: the estimates of all others follow them",
+            what="SAM 2 labels the labelled cases, each from other patients: the estimates of all others follow them",
         )
         calibration = calibration_of(
             [read_json(record_path(out / "labelled", case_id)) for case_id in checkable], self.run.cohort.class_values

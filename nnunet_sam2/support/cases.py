@@ -21,6 +21,13 @@ class Query:
     geometry: Geometry
     student_prob_czyx: np.ndarray | None = None
     """The student's probabilities on the query's grid, background first, where a round has a student."""
+    patient: str | None = None
+    """Whose scan it is; None where the case is all there is of its patient."""
+
+    @property
+    def patient_id(self) -> str:
+        """Return whose scan it is, by a name that no other patient has."""
+        return self.patient or self.case_id
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,6 +47,8 @@ class Support:
     annotated: tuple[int, ...] | None = None
     """Class values that the label answers for; of the others it says nothing. None: all. Strategies are never given
     a support that is annotated in part; see `labelling.class_groups`."""
+    patient: str | None = None
+    """Whose scan it is; None where the case is all there is of its patient."""
 
     def __post_init__(self) -> None:
         if self.label_zyx.shape != self.geometry.shape_zyx:
@@ -51,12 +60,18 @@ class Support:
         """Say whether the label was annotated for a class."""
         return self.annotated is None or value in self.annotated
 
+    @property
+    def patient_id(self) -> str:
+        """Return whose scan it is, by a name that no other patient has."""
+        return self.patient or self.case_id
+
     def as_query(self) -> Query:
-        """Return the case as a query, for checks that leave it out of the supports."""
+        """Return the case as a query, for checks that leave its patient out of the supports."""
         return Query(
             case_id=self.case_id,
             frames=self.frames,
             embeddings=self.embeddings,
             geometry=self.geometry,
             student_prob_czyx=self.student_prob_czyx,
+            patient=self.patient,
         )

@@ -104,6 +104,7 @@ def load_support(
         ignore_value=ignore,
         student_prob_czyx=query.student_prob_czyx,
         annotated=case.known_classes,
+        patient=case.patient,
     )
 
 
@@ -141,6 +142,7 @@ def load_query(
         embeddings=backend.embed(frames),
         geometry=volume.geometry,
         student_prob_czyx=student,
+        patient=case.patient,
     )
 
 

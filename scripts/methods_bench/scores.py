@@ -66,7 +66,7 @@ def bound_coverage(
         known = [(r["lower"], r["dice"]) for r in rows if r["lower"] is not None and r["dice"] is not None]
         if known and count:
             lower, dice = zip(*known, strict=True)
-            checks[value] = check_coverage(lower, dice, calibration_cases=count, coverage=coverage).to_json()
+            checks[value] = check_coverage(lower, dice, calibration_patients=count, coverage=coverage).to_json()
     return checks
 
 

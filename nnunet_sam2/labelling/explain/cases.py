@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,8 @@ def find_case(cohort: Cohort, case_id: str, folder: Path, *, dataset: str) -> Fo
 def as_text(found: Found, cohort: Cohort) -> str:
     """Write what is known of a case for people."""
     names = class_names(cohort)
-    blocks = [_record_text(found.folder, path, record, names) for path, record in found.records]
+    own = {c.case_id for c in cohort.cases if c.patient == cohort.case(found.case_id).patient}
+    blocks = [_record_text(found.folder, path, record, names, own) for path, record in found.records]
     blocks += [_round_text(found.folder, path, _of_case(fused, found.case_id), names) for path, fused in found.rounds]
     return "\n\n".join(blocks)
 
@@ -78,7 +79,7 @@ def class_names(cohort: Cohort) -> dict[str, str]:
     return {value: "/".join(found) for value, found in names.items()}
 
 
-def _record_text(folder: Path, path: Path, record: Json, names: Mapping[str, str]) -> str:
+def _record_text(folder: Path, path: Path, record: Json, names: Mapping[str, str], own: Set[str]) -> str:
     strategy, sam2 = record["strategy"], record["sam2"]
     members: Sequence[Json] = record.get("members", [])
     options = " ".join(f"{key}={_plain(value)}" for key, value in record["options"].items())
@@ -88,13 +89,14 @@ def _record_text(folder: Path, path: Path, record: Json, names: Mapping[str, str
         f"  options: {options}",
         f"  supports: {', '.join(record['supports']) or 'none'}",
         *_shown(record),
+        *_of_the_patient(record),
         f"  {_counted(members)}; components kept: {record['fusion']['components']}",
     ]
     human = record.get("dice_with_human_label")
     for value, name in names.items():
         lines.append(f"  class {value} ({name}): {_measured(record, value, human)}")
         made, left_out = _of_members(strategy, members, value)
-        checked = _checked(record, value)
+        checked = _checked(record, value, own)
         removed = record.get("removed_by_component_filter", {}).get(value)
         if int(value) in record.get("unanswered", ()):
             left_out.append("no support is annotated for it")
@@ -135,13 +137,20 @@ def _measured(record: Json, value: str, human: Mapping[str, float | None] | None
     quality = record.get("quality") or {}
     expected = (quality.get("classes") or {}).get(value, {})
     if expected.get("dice") is not None:
-        bound = f", {expected['lower']:.2f} at least in {expected['coverage']:.0%}" if expected.get("lower") else ""
+        bound = _bound(expected) if expected.get("lower") else ""
         how = "" if quality["calibrated"] else ", uncalibrated"
         parts.append(f"estimated Dice {expected['dice']:.2f} ({_seen(quality, value)}{how}{bound})")
     dice = (human or {}).get(value)
     if dice is not None:
         parts.append(f"Dice with the human label {dice:.2f}, which had no part in it")
     return ", ".join(parts)
+
+
+def _bound(expected: Json) -> str:
+    """Say how often the lower bound holds, and for how many cases that is proven."""
+    # Records of earlier versions do not say what is proven.
+    proven = f", proven for {expected['proven']:.0%}" if expected.get("proven") is not None else ""
+    return f", {expected['lower']:.2f} at least in {expected['coverage']:.0%} as a rule{proven}"
 
 
 def _seen(quality: Json, value: str) -> str:
@@ -165,8 +174,17 @@ def _of_members(strategy: str, members: Sequence[Json], value: str) -> tuple[lis
     return made, list(dict.fromkeys(sentence for one in said for sentence in one.left_out))
 
 
-def _checked(record: Json, value: str) -> str | None:
-    """Say what labelled cases had to say about the choices for a class; a case's own row is not used for itself."""
+def _of_the_patient(record: Json) -> list[str]:
+    """Say which supports are scans of the case's own patient, and what that does to the estimate."""
+    scans = record.get("supports_of_the_patient")
+    if not scans:
+        return []
+    shown = f"  of the same patient: {', '.join(scans)}"
+    return [f"{shown}; estimates are drawn from labels of patients who had no such help, and may be too low"]
+
+
+def _checked(record: Json, value: str, own: Set[str]) -> str | None:
+    """Say what labelled cases had to say about the choices for a class; rows of the patient's ``own`` cases did not."""
     prepared = record.get("prepared") or {}
     for group in prepared.get("groups", ()):
         if int(value) in group["answers_for"]:
@@ -175,7 +193,7 @@ def _checked(record: Json, value: str) -> str | None:
         by_choice: dict[str, list[float]] = {}
         for case_id, row in (prepared.get(check) or {}).items():
             for choice, table in row.items():
-                if case_id != record["case"] and table.get(value) is not None:
+                if case_id not in own and table.get(value) is not None:
                     by_choice.setdefault(choice, []).append(table[value])
         if by_choice:
             means = [f"{choice} {sum(found) / len(found):.3f}" for choice, found in by_choice.items()]

@@ -6,7 +6,7 @@ Shape letters: N slices, F features of a slice, K classes, S model size.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,16 +57,16 @@ class SupportSlices:
         self._masks: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
 
     def find(
-        self, descriptor_f: torch.Tensor, count: int, temperature: float, *, without: int | None = None
+        self, descriptor_f: torch.Tensor, count: int, temperature: float, *, without: Set[int] = frozenset()
     ) -> list[Found]:
-        """Return the ``count`` most similar slices, best first; ``without`` leaves out one support by its position.
+        """Return the ``count`` most similar slices, best first; ``without`` leaves out supports by position.
 
         Always the same for the same query: SAM2-SGP's code draws its supports at random, with nearly equal chances.
         Weights are a softmax of the similarities, divided by ``temperature``, over what was found.
         """
         allowed_n = self._judged_n.clone()
-        if without is not None:
-            allowed_n &= torch.tensor([s != without for s, _ in self._origin])
+        if without:
+            allowed_n &= torch.tensor([s not in without for s, _ in self._origin])
         similarity_n = torch.where(allowed_n, self._descriptors_nf @ descriptor_f, -torch.inf)
         order = torch.argsort(similarity_n, descending=True, stable=True)[: min(count, int(allowed_n.sum()))]
         best = similarity_n[order]

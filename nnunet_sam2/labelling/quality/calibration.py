@@ -1,4 +1,4 @@
-"""From features to an estimated Dice with a lower bound, calibrated on cases that were labelled from the others.
+"""From features to an estimated Dice with a lower bound, calibrated on cases that were labelled from other patients.
 
 Shape letters: i rows (a case and a class each), j columns of features, v classes.
 """
@@ -6,6 +6,7 @@ Shape letters: i rows (a case and a class each), j columns of features, v classe
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -49,16 +50,23 @@ _PULL_SLOPES, _PULL_CLASSES, _PULL_INTERCEPT = 5.0, 5.0, 0.1
 """Strength of the pull to the prior, in observations: few labelled cases move the slopes little, the level a lot."""
 
 _FULL_TRUST = 2
-"""Labelled cases from which on there is something to calibrate with."""
+"""Labelled patients from which on there is something to calibrate with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Hold a labelled case that was labelled from the others: what was seen of the label, and what it was worth."""
+    """Hold a labelled case that was labelled from other patients: what was seen of the label, what it was worth."""
 
     case_id: str
     features: CaseFeatures
     dice: DiceTable
+    patient: str | None = None
+    """Whose scan it is; None where the case is all there is of its patient."""
+
+    @property
+    def patient_id(self) -> str:
+        """Return whose scan it is, by a name that no other patient has."""
+        return self.patient or self.case_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +76,10 @@ class Estimate:
     dice: float | None
     """Estimated Dice; None where the class was not found and some labelled cases lack it too."""
     lower: float | None = None
-    """Dice that is reached with probability ``coverage``; None where nothing could be calibrated."""
+    """Dice that ``coverage`` of the cases reach, as a rule; None where nothing could be calibrated."""
     coverage: float | None = None
+    proven: float | None = None
+    """Share of the cases that is sure to reach it, where new patients are drawn as the labelled ones were."""
     calibrated: bool = False
 
 
@@ -80,13 +90,14 @@ class Calibration:
     ``logit(Dice) = level + level of the class + sum of slopes x logit(feature)``, by least squares with a pull to equal
     slopes that sum to one and with slopes that are never negative, so that no feature can come to speak against what
     it stands for. A part of each feature (0.15) is its mean over the case's classes: what went wrong with one class of
-    a case went wrong with others. With fewer than two labelled cases the pull is all there is; estimates then say that
-    they are not calibrated.
+    a case went wrong with others. With fewer than two labelled patients the pull is all there is; estimates then say
+    that they are not calibrated.
 
     Lower bounds are jackknife+ (Barber et al., Annals of Statistics 2021), one-sided, for each class from its own
-    residuals: every labelled case is predicted by a model without it. They hold for a new case that is drawn like the
-    labelled ones; with n of them the highest coverage is n / (n + 1), which is taken where more was asked for. (What is
-    proven for jackknife+ is twice the miss rate; in practice it holds what it says.)
+    residuals: every labelled case is predicted by a model without its patient. Cases of one patient share the weight of
+    one residual (Lee, Barber & Willett, "Distribution-free inference with hierarchical data", arXiv 2306.06342). The
+    bounds hold for a case of a new patient who is drawn like the labelled ones; with n of them the highest coverage is
+    n / (n + 1), which is taken where more was asked for. What is proven allows for twice the misses.
     """
 
     class_values: tuple[int, ...]
@@ -95,8 +106,8 @@ class Calibration:
 
     @property
     def calibrated(self) -> bool:
-        """Say whether there are enough labelled cases to calibrate with."""
-        return len({row.case_id for row in self._rows}) >= _FULL_TRUST
+        """Say whether there are enough labelled patients to calibrate with."""
+        return len({row.patient for row in self._rows}) >= _FULL_TRUST
 
     def estimate(self, features: CaseFeatures) -> dict[int, Estimate]:
         """Estimate every class of one pseudo-label."""
@@ -114,16 +125,17 @@ class Calibration:
                 dice=dice,
                 lower=None if lower is None else min(lower, dice),
                 coverage=coverage,
+                proven=None if coverage is None else proven_coverage(coverage),
                 calibrated=self.calibrated,
             )
         return found
 
     def leave_one_out(self) -> dict[str, dict[int, Estimate]]:
-        """Estimate every labelled case by a calibration on the others."""
+        """Estimate every labelled case by a calibration on the other patients."""
         return {
             pair.case_id: Calibration(
                 class_values=self.class_values,
-                pairs=tuple(other for other in self.pairs if other.case_id != pair.case_id),
+                pairs=tuple(other for other in self.pairs if other.patient_id != pair.patient_id),
                 options=self.options,
             ).estimate(pair.features)
             for pair in self.pairs
@@ -146,7 +158,7 @@ class Calibration:
             for value, seen in pair.features.items():
                 dice = pair.dice.get(value)
                 if seen.voxels and dice is not None:
-                    rows.append(_Row(case_id=pair.case_id, value=value, columns=table[value], dice=dice))
+                    rows.append(_Row(patient=pair.patient_id, value=value, columns=table[value], dice=dice))
         return rows
 
     @cached_property
@@ -155,27 +167,49 @@ class Calibration:
 
     @cached_property
     def _without(self) -> dict[str, _Model]:
-        cases = dict.fromkeys(row.case_id for row in self._rows)
-        return {c: _fit([row for row in self._rows if row.case_id != c], self.class_values) for c in cases}
+        patients = dict.fromkeys(row.patient for row in self._rows)
+        return {p: _fit([row for row in self._rows if row.patient != p], self.class_values) for p in patients}
 
     def _lower(self, columns: Mapping[str, float | None], value: int) -> tuple[float | None, float | None]:
         rows = [row for row in self._rows if row.value == value]
-        if not self.calibrated or len(rows) < _FULL_TRUST:
+        count_of = Counter(row.patient for row in rows)
+        if not self.calibrated or len(count_of) < _FULL_TRUST:
             return None, None
         candidates = []
         for row in rows:
-            model = self._without[row.case_id]
+            model = self._without[row.patient]
             # A Dice of nothing lies at minus infinity in logits: the bound it stands for is nothing.
             residual = -math.inf if row.dice <= _LEAST else _logit(row.dice) - model.predict(row.columns, value)
-            candidates.append(model.predict(columns, value) + residual)
-        rank = bound_rank(len(rows), self.options.coverage)
-        return float(expit(sorted(candidates)[rank - 1])), round(1.0 - rank / (len(rows) + 1), 4)
+            candidates.append((model.predict(columns, value) + residual, 1.0 / count_of[row.patient]))
+        lower, held = bound_among(candidates, len(count_of), self.options.coverage)
+        return float(expit(lower)), round(held, 4)
 
 
-def bound_rank(cases: int, coverage: float) -> int:
-    """Return which of the ascending candidates of ``cases`` labelled cases is the lower bound; at least the first."""
+def bound_rank(patients: int, coverage: float) -> int:
+    """Return which of the ascending candidates of ``patients`` with a case each is the lower bound; at least 1."""
     # The small number keeps 0.1 x 10 from being counted as 0.
-    return max(1, math.floor((1.0 - coverage) * (cases + 1) + 1e-9))
+    return max(1, math.floor((1.0 - coverage) * (patients + 1) + 1e-9))
+
+
+def bound_among(candidates: Sequence[tuple[float, float]], patients: int, coverage: float) -> tuple[float, float]:
+    """Return the highest candidate that ``coverage`` of new cases reach, and the share that does; at least the lowest.
+
+    ``candidates`` come with their parts of their patient, which add up to 1 for each of the ``patients``. Below a
+    candidate lie those lower than it and, as one patient more, the new one: with one case a patient the k-th lowest of
+    n holds in 1 - k / (n + 1), see `bound_rank`.
+    """
+    ranked = sorted(candidates)
+    bound, missed, share = ranked[0][0], 1.0, 1.0
+    for candidate, part in ranked:
+        if share <= (1.0 - coverage) * (patients + 1) + 1e-9:
+            bound, missed = candidate, share
+        share += part
+    return bound, 1.0 - missed / (patients + 1)
+
+
+def proven_coverage(coverage: float) -> float:
+    """Return the share of cases that jackknife+ guarantees at a coverage of 1 - a, which is 1 - 2a; at least 0."""
+    return round(max(0.0, 2.0 * coverage - 1.0), 4)
 
 
 def columns_of(features: CaseFeatures, *, relative: bool = False) -> dict[int, dict[str, float | None]]:
@@ -198,7 +232,7 @@ def columns_of(features: CaseFeatures, *, relative: bool = False) -> dict[int, d
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    case_id: str
+    patient: str
     value: int
     columns: Mapping[str, float | None]
     dice: float

@@ -12,6 +12,7 @@ from nnunet_sam2.cohort.cohort import Case, Cohort
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.labelling.class_groups import GroupProbe
 from nnunet_sam2.labelling.fusion import as_probability, normalised
+from nnunet_sam2.labelling.leave_one_out import of_other_patients
 from nnunet_sam2.labelling.member import PseudoLabel
 from nnunet_sam2.labelling.quality.features import CaseFeatures
 from nnunet_sam2.labelling.quality.options import QualityOptions
@@ -47,6 +48,7 @@ def measure_folder(
         keys[case_id] = value_hash(
             [
                 options.looked_at,
+                cohort.case(case_id).patient,
                 known,
                 backend.spec.checkpoint_hash,
                 slice_axis,
@@ -69,8 +71,7 @@ def measure_folder(
                 confidence_zyx=np.zeros(0, np.float32),
                 prob_czyx=normalised(as_probability(turn.apply(prob_czyx))),
             )
-            others = [support for support in supports if support.case_id != case_id]
-            features = probe.measure(query, pseudo, others)
+            features = probe.measure(query, pseudo, of_other_patients(query, supports) or supports)
             write_json(
                 out / f"{case_id}.json",
                 {"case": case_id, "input_key": keys[case_id], "quality": quality_record(features, None)},
@@ -84,7 +85,7 @@ def read_folder(out: Path, case_ids: Sequence[str]) -> dict[str, CaseFeatures]:
 
 
 def _identity(cohort: Cohort, case: Case) -> list[Any]:
-    identity = [case.case_id, file_hash(cohort.label_path(case))]
+    identity = [case.case_id, case.patient, file_hash(cohort.label_path(case))]
     return identity if case.known_classes is None else [*identity, case.known_classes]
 
 

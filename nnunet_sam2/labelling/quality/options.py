@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_FEATURES_VERSION = 2
+_FEATURES_VERSION = 3
 """Raised when the same label gets other features than before."""
 
 
@@ -17,9 +17,9 @@ class QualityOptions:
     slices: int = 16
     """Most slices of a case on which that is done; of a short volume half, but not fewer than four."""
     calibration_cases: int = 8
-    """Labelled cases that are labelled from the others to calibrate, where nobody asked for their labels anyway."""
+    """Labelled cases that are labelled from other patients to calibrate, where nobody asked for their labels anyway."""
     coverage: float = 0.9
-    """Probability with which a lower bound is to hold; n labelled cases allow n / (n + 1) at most."""
+    """Share of new cases in which a lower bound is to hold; n labelled patients allow n / (n + 1) at most."""
 
     def __post_init__(self) -> None:
         for name in ("references", "slices"):

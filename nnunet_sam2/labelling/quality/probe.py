@@ -39,7 +39,7 @@ class QualityProbe:
         self._shapes: dict[int, tuple[Support, dict[int, dict[str, float]]]] = {}
 
     def measure(self, query: Query, pseudo: PseudoLabel, supports: Sequence[Support]) -> CaseFeatures:
-        """Return the features of every class; ``supports`` are the labelled cases without the query itself."""
+        """Return the features of every class; ``supports`` are labelled cases of other patients."""
         mine = LabelledCells(_as_support(query, pseudo.label_zyx), self._values)
         references = self._references(mine, supports) if (pseudo.label_zyx > 0).any() else []
         reverse: list[dict[str, float]] = [{} for _ in self._values]

@@ -25,12 +25,14 @@ def quality_record(features: CaseFeatures, calibration: Calibration | None) -> d
     return {
         "calibrated": calibration.calibrated,
         "calibration_cases": [pair.case_id for pair in calibration.pairs],
+        "calibration_patients": sorted({pair.patient_id for pair in calibration.pairs}),
         "slopes": calibration.slopes(),
         "classes": {
             str(value): {
                 "dice": _rounded(estimate.dice),
                 "lower": _rounded(estimate.lower),
                 "coverage": estimate.coverage,
+                "proven": estimate.proven,
             }
             for value, estimate in estimates.items()
         },
@@ -41,7 +43,7 @@ def quality_record(features: CaseFeatures, calibration: Calibration | None) -> d
 def calibration_of(
     records: Iterable[Mapping[str, Any]], class_values: Sequence[int], options: QualityOptions | None = None
 ) -> Calibration:
-    """Calibrate on the records of labelled cases, each of which was labelled from the others."""
+    """Calibrate on the records of labelled cases, each of which was labelled from other patients."""
     pairs = []
     for record in records:
         if record.get("dice_with_human_label") and record.get("quality"):
@@ -50,6 +52,7 @@ def calibration_of(
                     case_id=record["case"],
                     features=read_features(record),
                     dice={int(value): dice for value, dice in record["dice_with_human_label"].items()},
+                    patient=record.get("patient"),
                 )
             )
     return Calibration(

@@ -10,7 +10,7 @@ import numpy as np
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.labelling.fusion import as_probability, normalised
-from nnunet_sam2.labelling.leave_one_out import DiceTable, best_choices
+from nnunet_sam2.labelling.leave_one_out import DiceTable, best_choices, patients_by_case, scans_of
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.prompting.decoding import PromptKinds, decode_map
 from nnunet_sam2.labelling.prompting.redraw import Redraw, check_redraws, redraw_volume, rows_json
@@ -59,6 +59,7 @@ class Prompted:
     def __init__(self, options: PromptedOptions | None = None) -> None:
         self._options = options or PromptedOptions()
         self._rows: dict[str, dict[str, DiceTable]] = {}
+        self._patients: dict[str, str] = {}
 
     @property
     def options(self) -> PromptedOptions:
@@ -69,6 +70,7 @@ class Prompted:
         self, supports: Sequence[Support], class_values: tuple[int, ...], backend: Sam2Backend
     ) -> dict[str, Any]:
         """Try every kind of prompt on the supports that the student has predicted; see `Prepares`."""
+        self._patients = patients_by_case(supports)
         checked = [support for support in supports if support.student_prob_czyx is not None]
         self._rows = {
             support.case_id: self._check(support, class_values, backend)
@@ -89,7 +91,11 @@ class Prompted:
             raise InputError(f"case {query.case_id} has no prediction of the student to prompt with")
         prob_czyx = normalised(as_probability(query.student_prob_czyx))
         choices = best_choices(
-            self._rows, class_values, default=_STUDENT, without=query.case_id, least_gain=self._options.least_gain
+            self._rows,
+            class_values,
+            default=_STUDENT,
+            without=scans_of(query, self._patients),
+            least_gain=self._options.least_gain,
         )
         redraws = _redraws(backend, query.embeddings)
         prob_czyx = redraw_volume(query.frames, prob_czyx, [choices[value] for value in class_values], redraws)

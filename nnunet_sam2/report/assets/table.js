@@ -127,7 +127,7 @@ function qualityBar(dice, q) {
     bar.style.width = `${100 * dice}%`;
     track.append(bar);
     if (q.l !== null && q.m === null) {
-      const bound = make("u", { title: `SAM 2’s label: at least ${figure(q.l)} in ${Math.round(100 * q.c)} % of cases` });
+      const bound = make("u", { title: `SAM 2’s label: at least ${figure(q.l)} in ${Math.round(100 * q.c)} % of cases${q.p === null ? "" : `, proven for ${Math.round(100 * q.p)} %`}` });
       bound.style.left = `${100 * q.l}%`;
       track.append(bound);
     }

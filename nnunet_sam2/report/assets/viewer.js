@@ -8,7 +8,7 @@ const viewer = {
 
 const TOGGLES = [
   ["last", "l", (c) => (c.human ? "nnU-Net, held out" : "last label"), "M1 5H21", "2.4", ""],
-  ["first", "f", (c) => (c.human ? "SAM 2, from the others" : "first label (SAM 2)"), "M1 5H21", "1.4", "4 3"],
+  ["first", "f", (c) => (c.human ? "SAM 2, from other patients" : "first label (SAM 2)"), "M1 5H21", "1.4", "4 3"],
   ["human", "h", () => "human label", "M1 5H21", "2", "2 3"],
   ["changed", "d", () => "changed voxels", "", "", ""],
   ["confidence", "c", () => "low confidence", "", "", ""],

@@ -55,7 +55,7 @@ class RunEstimator:
         )
         yield self._sam2(
             "setup/sam2_quality",
-            f"SAM 2 labels the {len(labelled)} labelled cases, each from the others",
+            f"SAM 2 labels the {len(labelled)} labelled cases, each from other patients",
             self._sam2_quality(),
             more_disk=self.features_bytes,
         )
@@ -117,9 +117,9 @@ class RunEstimator:
 
     def _sam2_quality(self) -> Cost:
         costs, supports = self.labelling, self.supports
-        others = supports[1:] or supports
+        others = [s for s in supports if s.patient != supports[0].patient] or supports
         cost = costs.start + Cost.total(costs.encode(case) for case in self.cohort.labelled) + costs.prepare(supports)
-        checked = [case for case in self.cohort.labelled if [s for s in supports if s.case_id != case.case_id]]
+        checked = [case for case in self.cohort.labelled if any(s.patient != case.patient for s in supports)]
         return cost + Cost.total(costs.label(case, others) + costs.judge(case) + costs.write(case) for case in checked)
 
     def _sam2_labels(self) -> Cost:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ import numpy as np
 from nnunet_sam2.geometry import view_axes
 from nnunet_sam2.labelling.components import single_component_classes
 from nnunet_sam2.labelling.fusion import FusionOptions, fuse
-from nnunet_sam2.labelling.leave_one_out import dice_by_class
+from nnunet_sam2.labelling.leave_one_out import dice_by_class, patients_by_case, scans_of
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.strategies.auto.intensity import contrast_like
 from nnunet_sam2.labelling.strategies.auto.subject import (
@@ -82,7 +82,7 @@ class Auto:
     labelled along all three axes; anisotropic ones and pictures along one, but at two margins. Where the first
     transfer finds nothing, or the labels fill the slices anyway, whole slices are taken. A query of another contrast
     than the supports' is brought to theirs before (`contrast_like`). Close-ups that do worse than whole slices on
-    labelled cases, each left out in turn, are left out. Needs no video memory.
+    labelled cases, each patient left out in turn, are left out. Needs no video memory.
     """
 
     name: ClassVar[str] = "auto"
@@ -91,6 +91,7 @@ class Auto:
     def __init__(self, options: AutoOptions | None = None) -> None:
         self._options = options or AutoOptions()
         self._subject_dice: dict[str, float] = {}
+        self._patients: dict[str, str] = {}
         self._forget()
 
     @property
@@ -101,8 +102,9 @@ class Auto:
     def prepare(
         self, supports: Sequence[Support], class_values: tuple[int, ...], backend: Sam2Backend
     ) -> dict[str, Any]:
-        """Choose each view's recipe and decoder on labelled cases, each left out in turn; see `Prepares`."""
+        """Choose each view's recipe and decoder on labelled cases, each patient left out in turn; see `Prepares`."""
         self._forget()
+        self._patients = patients_by_case(supports)
         wanted = self._options.subject == "checked"
         if wanted and all(may_be_subject(support, class_values) for support in supports):
             self._subject_dice = subject_dice(supports, class_values[0])
@@ -144,7 +146,7 @@ class Auto:
         label_zyx = fuse(iter(members), class_values).label_zyx
         subject_zyx = np.where(subject.prob_kzyx[0] > 0.5, class_values[0], 0)
         agreement = dice_by_class(label_zyx, subject_zyx, class_values)[class_values[0]] or 0.0
-        if transfer_went_astray(agreement, self._subject_dice, without=query.case_id):
+        if transfer_went_astray(agreement, self._subject_dice, without=scans_of(query, self._patients)):
             record = {**subject.record, "agreement_with_transfer": round(agreement, 4)}
             yield replace(subject, name=f"{self.name}:subject", record=record)
         else:
@@ -159,10 +161,11 @@ class Auto:
         rng: np.random.Generator,
     ) -> Iterator[Member]:
         axes, given = self._axes(query), (supports, class_values, backend, rng)
+        own = scans_of(query, self._patients)
         near = {
             margin: parts
             for margin, parts in self._close_ups(supports, axes, class_values, backend).items()
-            if self._helps(margin, axes[0], class_values, without=query.case_id)
+            if self._helps(margin, axes[0], class_values, without=own)
         }
         first = list(self._whole.members(query, *given, axes=axes[:1]))
         where_zyx = _where(first, supports, class_values) if near else None
@@ -205,7 +208,7 @@ class Auto:
         }
         return {margin: parts for margin, parts in near.items() if parts}
 
-    def _helps(self, margin: float, axis: int, class_values: tuple[int, ...], *, without: str) -> bool:
+    def _helps(self, margin: float, axis: int, class_values: tuple[int, ...], *, without: Set[str]) -> bool:
         """Say whether close-ups did no worse than whole slices on the labelled cases; yes where nothing was checked."""
         whole = self._whole.checked_dice(class_values, axis=axis, without=without)
         near = self._near(margin).checked_dice(class_values, axis=axis, without=without)
@@ -217,6 +220,7 @@ class Auto:
     def _forget(self) -> None:
         self._whole = Views(self._options.transfer_options())
         self._subject_dice = {}
+        self._patients = {}
         self._by_margin: dict[float, Views] = {}
         self._parts = CloseUps()
 

@@ -6,7 +6,7 @@ every labelled picture tells what it is worth, a single one as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
 import torch
@@ -55,13 +55,13 @@ def subject_dice(supports: Sequence[Support], value: int) -> dict[str, float]:
     return found
 
 
-def transfer_went_astray(agreement: float, subject: Mapping[str, float], *, without: str) -> bool:
+def transfer_went_astray(agreement: float, subject: Mapping[str, float], *, without: Set[str]) -> bool:
     """Say whether labels transferred to a picture differ from its subject by more than human labels ever did.
 
-    ``agreement`` is their Dice; ``subject`` the subject's on labelled pictures, of which the query's own is left out. A
-    picture unlike all labelled ones leads transfer astray, and nothing else in a single picture shows it.
+    ``agreement`` is their Dice; ``subject`` the subject's on labelled pictures, of which those ``without`` are left out.
+    A picture unlike all labelled ones leads transfer astray, and nothing else in a single picture shows it.
     """
-    known = [dice for case_id, dice in subject.items() if case_id != without]
+    known = [dice for case_id, dice in subject.items() if case_id not in without]
     if not known or np.median(known) < LEAST_DICE:
         return False
     return agreement < min(*known, RARELY_BELOW) - ROOM

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +40,7 @@ class Views:
         *,
         axes: Sequence[int],
     ) -> dict[str, Any]:
-        """Choose each view's recipe and decoder on labelled cases, each left out in turn."""
+        """Choose each view's recipe and decoder on labelled cases, each patient left out in turn."""
         self._bound(supports)
         return {
             f"axis {axis}": self._transfer(axis).prepare(
@@ -66,7 +66,9 @@ class Views:
             for member in self._transfer(axis).members(_along(query, axis, backend), seen, class_values, backend, rng):
                 yield replace(member, name=f"axis {axis}", record={"view": axis, **member.record})
 
-    def checked_dice(self, class_values: tuple[int, ...], *, axis: int, without: str | None = None) -> float | None:
+    def checked_dice(
+        self, class_values: tuple[int, ...], *, axis: int, without: Set[str] = frozenset()
+    ) -> float | None:
         """Return the mean Dice over classes and checked cases along an axis; None where nothing was checked."""
         known = [d for d in self._transfer(axis).checked_dice(class_values, without=without).values() if d is not None]
         return float(np.mean(known)) if known else None

@@ -6,7 +6,7 @@ Shape letters: N images of the chain, K classes, S model size, h w a quarter of 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,7 +14,14 @@ import numpy as np
 import torch
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.labelling.leave_one_out import DiceTable, best_choices
+from nnunet_sam2.labelling.leave_one_out import (
+    DiceTable,
+    best_choices,
+    of_other_patients,
+    patients_by_case,
+    scans_of,
+    several_patients,
+)
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.option_checks import at_least, one_of, within
 from nnunet_sam2.labelling.prompting.adapt import TrainingOptions
@@ -29,7 +36,7 @@ from nnunet_sam2.support.cases import Query, Support
 
 _CHECKED_CASES = 16
 _CHECKED_CHAINS = 2
-"""Labelled cases that are checked where supports prompt: each wants a chain of its own, prompted by the others."""
+"""Labelled cases that are checked where supports prompt: each wants a chain of its own, prompted by other patients."""
 _LEAST_GAIN = 0.002
 _KEPT = 2
 
@@ -109,6 +116,7 @@ class Chain:
         self._prepared = False
         self._states: OrderedDict[tuple[int, ...], ChainState] = OrderedDict()
         self._rows: dict[str, dict[str, DiceTable]] = {}
+        self._patients: dict[str, str] = {}
 
     @property
     def options(self) -> ChainOptions:
@@ -138,13 +146,13 @@ class Chain:
     ) -> dict[str, Any]:
         """Chain all images; see `PreparesCohort`. Labels are looked at to choose the way to the mask, if at all."""
         chain = self._survey(cases, backend)
-        self._prepared, self._rows = True, {}
+        self._prepared, self._rows, self._patients = True, {}, patients_by_case(supports)
         by_points = self._by_points(chain, class_values)
-        if self._options.self_training == "checked" and (by_points or len(supports) > 1):
+        if self._options.self_training == "checked" and (by_points or several_patients(supports)):
             count = _CHECKED_CASES if by_points else _CHECKED_CHAINS
             chosen = np.linspace(0, len(supports) - 1, min(count, len(supports))).round().astype(int)
             for s in dict.fromkeys(chosen.tolist()):
-                others = [other for i, other in enumerate(supports) if i != s]
+                others = of_other_patients(supports[s], supports)
                 state = self._state(chain, () if by_points else others, class_values, backend)
                 self._rows[supports[s].case_id] = check_ways(supports[s], chain, state, class_values, backend)
         return {
@@ -170,7 +178,7 @@ class Chain:
             chain = self._survey([*(support.as_query() for support in supports), query], backend)
         by_points = self._by_points(chain, class_values)
         state = self._state(chain, () if by_points else supports, class_values, backend)
-        choices = self._choices(state, class_values, query.case_id)
+        choices = self._choices(state, class_values, scans_of(query, self._patients))
         records: list[dict[str, Any]] = []
 
         def maps() -> Iterator[torch.Tensor]:
@@ -265,7 +273,7 @@ class Chain:
                 self._states.popitem(last=False)
         return self._states[key]
 
-    def _choices(self, state: ChainState, class_values: tuple[int, ...], case_id: str) -> dict[int, str]:
+    def _choices(self, state: ChainState, class_values: tuple[int, ...], own: Set[str]) -> dict[int, str]:
         """Choose the way to the mask, a class; where nothing could be checked, as published."""
         checked = self._options.self_training == "checked"
         # A point says little of an organ among others: from supports, the carried masks stand until they are beaten.
@@ -274,6 +282,6 @@ class Chain:
             self._rows,
             class_values,
             default=TRAINED if trained else CHAIN,
-            without=case_id,
+            without=own,
             least_gain=_LEAST_GAIN,
         )

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.labelling.leave_one_out import places_of_patient
 from nnunet_sam2.labelling.prompting.adapt import TrainingOptions, mask_loss, target_like, train
 from nnunet_sam2.labelling.prompting.support_slices import SupportSlices
 from nnunet_sam2.labelling.strategies.guided.passes import GuidedPasses, second_prompts
@@ -95,9 +96,10 @@ def lora_losses(
 
 
 def draw_partner(library: SupportSlices, s: int, n: int, k: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Draw the slice that a training query remembers: one like it, of another case where one shows the class."""
+    """Draw the slice that a training query remembers: one like it, of another patient where one shows the class."""
     slices = library.showing(k)
-    others = [slice_ for slice_ in slices if slice_[0] != s] or [slice_ for slice_ in slices if slice_ != (s, n)]
+    own = places_of_patient(library.supports, s)
+    others = [slice_ for slice_ in slices if slice_[0] not in own] or [slice_ for slice_ in slices if slice_ != (s, n)]
     # One labelled image alone is remembered itself; the query is a variant of it.
     ranked = library.nearest((s, n), others or [(s, n)])[:_CANDIDATES]
     return ranked[int(rng.integers(len(ranked)))]

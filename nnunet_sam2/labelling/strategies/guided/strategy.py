@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +15,14 @@ import numpy as np
 import torch
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.labelling.leave_one_out import DiceTable, best_choices
+from nnunet_sam2.labelling.leave_one_out import (
+    DiceTable,
+    best_choices,
+    patients_by_case,
+    places_of_patient,
+    scans_of,
+    several_patients,
+)
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.option_checks import at_least, one_of, within
 from nnunet_sam2.labelling.prompting.adapt import TrainingOptions
@@ -132,6 +139,7 @@ class Guided:
     def __init__(self, options: GuidedOptions | None = None) -> None:
         self._options = options or GuidedOptions()
         self._rows: dict[str, dict[str, DiceTable]] = {}
+        self._patients: dict[str, str] = {}
         self._library: tuple[tuple[Any, ...], SupportSlices] | None = None
         self._adaptations: OrderedDict[tuple[Any, ...], _Adapted] = OrderedDict()
 
@@ -148,12 +156,12 @@ class Guided:
     def prepare(
         self, supports: Sequence[Support], class_values: tuple[int, ...], backend: Sam2Backend
     ) -> dict[str, Any]:
-        """Check on labelled cases, each left out in turn, which of the two masks to take; see `Prepares`.
+        """Check on labelled cases, each patient left out in turn, which of the two masks to take; see `Prepares`.
 
         The encoder is not adapted for the check: it would have to be once for each case.
         """
-        self._rows = {}
-        if self._options.second_pass == "checked" and len(supports) > 1:
+        self._rows, self._patients = {}, patients_by_case(supports)
+        if self._options.second_pass == "checked" and several_patients(supports):
             library = self._library_of(supports, class_values)
             chosen = np.linspace(0, len(supports) - 1, min(_CHECKED_CASES, len(supports))).round().astype(int)
             checked = list(dict.fromkeys(chosen.tolist()))
@@ -186,7 +194,7 @@ class Guided:
                 f"no slice of the supports ({', '.join(s.case_id for s in supports)}) shows a class at model size "
                 f"{query.frames.size}; give other supports or a larger --image-size"
             )
-        choices = self._choices(class_values, query.case_id)
+        choices = self._choices(class_values, scans_of(query, self._patients))
         share_k11 = torch.tensor([_SHARES[choices[value]] for value in class_values])[:, None, None]
         prob_kzyx, records = self._walk(query, library, share_k11, backend)
         yield Member(
@@ -237,13 +245,13 @@ class Guided:
         return frames.slices_back(prob_knhw), [records[n] for n in sorted(records)]
 
     def _check(self, s: int, library: SupportSlices, cases: int, backend: Sam2Backend) -> dict[str, DiceTable]:
-        """Compare the masks on slices of a support, remembered without it and without its other slices."""
+        """Compare the masks on slices of a support, remembered without its patient and without its other slices."""
         support, options = library.supports[s], self._options
-        query, values = support.as_query(), library.class_values
+        query, values, own = support.as_query(), library.class_values, places_of_patient(library.supports, s)
         descriptors_nf = slice_descriptors(support.embeddings)
         scores = {name: SliceDice(values) for name in _SHARES}
         for n in check_slices(support, values, max(3, options.check_slices // cases)):
-            found = library.find(descriptors_nf[n], options.supports_per_slice, options.temperature, without=s)
+            found = library.find(descriptors_nf[n], options.supports_per_slice, options.temperature, without=own)
             answer = label_slice(
                 backend, query, n, library, found, options.passes(), least_presence=options.least_presence
             )
@@ -253,10 +261,10 @@ class Guided:
                 scores[name].add(support, n, torch.cat([background_hw, prob_khw]))
         return {name: score.table() for name, score in scores.items()}
 
-    def _choices(self, class_values: tuple[int, ...], case_id: str) -> dict[int, str]:
+    def _choices(self, class_values: tuple[int, ...], own: Set[str]) -> dict[int, str]:
         if self._options.second_pass == "off":
             return dict.fromkeys(class_values, FIRST)
-        return best_choices(self._rows, class_values, default=SECOND, without=case_id, least_gain=_LEAST_GAIN)
+        return best_choices(self._rows, class_values, default=SECOND, without=own, least_gain=_LEAST_GAIN)
 
     def _adapted(
         self, supports: Sequence[Support], class_values: tuple[int, ...], backend: Sam2Backend

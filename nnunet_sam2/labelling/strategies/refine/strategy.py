@@ -5,7 +5,7 @@ Shape letters: C channels (background first), K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +15,14 @@ import torch
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.labelling.components import single_component_classes
 from nnunet_sam2.labelling.fusion import as_probability, normalised
-from nnunet_sam2.labelling.leave_one_out import DiceTable, best_choices, held_out
+from nnunet_sam2.labelling.leave_one_out import (
+    DiceTable,
+    best_choices,
+    held_out,
+    of_other_patients,
+    patients_by_case,
+    scans_of,
+)
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.option_checks import at_least, one_of, within
 from nnunet_sam2.labelling.prompting.decoding import put_in
@@ -123,6 +130,7 @@ class Refine:
     def __init__(self, options: RefineOptions | None = None) -> None:
         self._options = options or RefineOptions()
         self._supports: Sequence[Support] = ()
+        self._patients: dict[str, str] = {}
         self._student_rows: dict[str, dict[str, DiceTable]] = {}
         self._transfer_rows: dict[str, dict[str, DiceTable]] | None = None
         self._transfer: Transfer | None = None
@@ -136,7 +144,8 @@ class Refine:
         self, supports: Sequence[Support], class_values: tuple[int, ...], backend: Sam2Backend
     ) -> dict[str, Any]:
         """Try the passes on the supports that the student has predicted; see `Prepares`."""
-        self._supports, self._transfer, self._transfer_rows = supports, None, None
+        self._supports, self._patients = supports, patients_by_case(supports)
+        self._transfer, self._transfer_rows = None, None
         self._student_rows = {}
         if self._options.accept == "checked":
             checked = [support for support in supports if support.student_prob_czyx is not None]
@@ -169,22 +178,23 @@ class Refine:
                 f"case {query.case_id} has neither a prediction of the student nor a support to start from; "
                 f"give --student FOLDER or --supports"
             )
-        choices = self._choices(rows, class_values, query.case_id)
+        own = scans_of(query, self._patients or patients_by_case(supports))
+        choices = self._choices(rows, class_values, own)
         passes, record["components"] = self._passes(query, prob_czyx, supports, class_values, backend)
         prob_czyx = redraw_volume(
             query.frames, prob_czyx, [choices[value] for value in class_values], {_TWO_PASSES: passes}
         )
         record["choice"] = {str(value): choice for value, choice in choices.items()}
-        record["unchecked"] = self._options.accept == "checked" and not set(rows) - {query.case_id}
+        record["unchecked"] = self._options.accept == "checked" and not set(rows) - own
         record["prompts"] = passes.explained
         yield Member(name=self.name, prob_kzyx=prob_czyx[1:], background_zyx=prob_czyx[0], record=record)
 
     def _choices(
-        self, rows: Mapping[str, Mapping[str, DiceTable]], class_values: tuple[int, ...], case_id: str
+        self, rows: Mapping[str, Mapping[str, DiceTable]], class_values: tuple[int, ...], own: Set[str]
     ) -> dict[int, str]:
         if self._options.accept == "always":
             return dict.fromkeys(class_values, _TWO_PASSES)
-        return best_choices(rows, class_values, default=_BEFORE, without=case_id, least_gain=self._options.least_gain)
+        return best_choices(rows, class_values, default=_BEFORE, without=own, least_gain=self._options.least_gain)
 
     def _passes(
         self,
@@ -218,7 +228,7 @@ class Refine:
         class_values: tuple[int, ...],
         backend: Sam2Backend,
     ) -> dict[str, DiceTable]:
-        others = [other for other in supports if other.case_id != support.case_id]
+        others = of_other_patients(support, supports)
         passes, _ = self._passes(support.as_query(), prob_czyx, others, class_values, backend)
         slices = check_slices(support, class_values, self._options.check_slices)
         return check_redraws(support, prob_czyx, class_values, {_TWO_PASSES: passes}, slices, default=_BEFORE)
@@ -247,7 +257,7 @@ class Refine:
         backend: Sam2Backend,
         rng: np.random.Generator,
     ) -> dict[str, dict[str, DiceTable]]:
-        """Check the passes on labelled cases that transfer labelled from the others, once for all queries."""
+        """Check the passes on labelled cases that transfer labelled from other patients, once for all queries."""
         if self._options.accept != "checked":
             return {}
         if self._transfer_rows is None:

@@ -6,7 +6,7 @@ Shape letters: N slices, P locations of a slice, M locations of several, F featu
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,16 +80,16 @@ class SupportMemory:
         self._counts: dict[int, int] = {}
 
     def choose(
-        self, descriptor_f: torch.Tensor, depth: float, entries: int, *, without: int | None = None
+        self, descriptor_f: torch.Tensor, depth: float, entries: int, *, without: Set[int] = frozenset()
     ) -> list[int]:
         """Choose the slices that look most like the query slice at a like relative position, ascending.
 
-        As many as have ``entries`` locations together, at least one. ``without`` leaves out one support, by its place
+        As many as have ``entries`` locations together, at least one. ``without`` leaves out supports by their places
         in the list.
         """
         score_n = self._descriptors_nf @ descriptor_f - (self._depth_n - depth).square()
-        if without is not None:
-            score_n[torch.tensor([s == without for s, _ in self._origin])] = -torch.inf
+        if without:
+            score_n[torch.tensor([s in without for s, _ in self._origin])] = -torch.inf
         allowed = int(torch.isfinite(score_n).sum())
         count = max(1, entries // self._locations)
         return sorted(score_n.topk(min(count, allowed)).indices.tolist())

@@ -5,7 +5,7 @@ Shape letters: P locations of a slice, F features, C channels (background first)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from itertools import product
 
@@ -108,20 +108,20 @@ def choose_recipes(
     default: Recipe,
     class_values: Sequence[int],
     *,
-    without: str | None = None,
+    without: Set[str] = frozenset(),
 ) -> list[Recipe]:
     """Choose the recipes that the checked cases cannot tell from the best one, best first; their maps are averaged.
 
     Few labelled cases rank recipes by chance: to pick the winner alone is to follow it, and where it does not clearly
     beat the default, the default stays. ``rows`` maps a case to the Dice that every recipe, by name, had on it.
-    ``without`` leaves a case's own row out.
+    ``without`` leaves out the rows of a patient's cases.
     """
     score = {}
     for recipe in dict.fromkeys((default, *candidates)):
         found = [
             dice
             for case_id, row in rows.items()
-            if case_id != without
+            if case_id not in without
             for value in class_values
             if (dice := row[recipe.name].get(value)) is not None
         ]

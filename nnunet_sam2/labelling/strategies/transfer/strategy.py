@@ -5,7 +5,7 @@ Shape letters: N slices, C channels (background first), K classes, h w pixels of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -14,7 +14,15 @@ import numpy as np
 import torch
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.labelling.leave_one_out import DiceTable, best_choices, mean_dice
+from nnunet_sam2.labelling.leave_one_out import (
+    DiceTable,
+    best_choices,
+    mean_dice,
+    patients_by_case,
+    places_of_patient,
+    scans_of,
+    several_patients,
+)
 from nnunet_sam2.labelling.member import Member
 from nnunet_sam2.labelling.option_checks import at_least
 from nnunet_sam2.labelling.prompting.decoding import PromptKinds, decode_map, put_in
@@ -45,7 +53,7 @@ _VOXELS_FOR_EDGES = 4.0
 
 @dataclass(frozen=True, kw_only=True)
 class TransferOptions:
-    """Say how labels are transferred; what is None is chosen on the labelled cases, each left out in turn."""
+    """Say how labels are transferred; what is None is chosen on the labelled cases, each patient left out in turn."""
 
     neighbours: int = NEIGHBOURS
     """How many nearest memory entries vote on a location."""
@@ -118,6 +126,7 @@ class Transfer:
         self._recipe_rows: dict[str, dict[str, DiceTable]] = {}
         self._checked_default: Recipe | None = None
         self._decoder_rows: dict[str, dict[str, DiceTable]] = {}
+        self._patients: dict[str, str] = {}
         self._memory: tuple[tuple[Any, ...], SupportMemory] | None = None
 
     @property
@@ -128,28 +137,29 @@ class Transfer:
     def prepare(
         self, supports: Sequence[Support], class_values: tuple[int, ...], backend: Sam2Backend
     ) -> dict[str, Any]:
-        """Choose the recipe and the decoder's share on labelled cases, each left out in turn; see `Prepares`.
+        """Choose the recipe and the decoder's share on labelled cases, each patient left out in turn; see `Prepares`.
 
-        With one support nothing can be checked: the defaults are taken, and the decoder is not used.
+        With one patient nothing can be checked: the defaults are taken, and the decoder is not used.
         """
         self._recipe_rows, self._decoder_rows, self._checked_default = {}, {}, None
-        if self._options.check_slices and len(supports) > 1:
+        self._patients = patients_by_case(supports)
+        if self._options.check_slices and several_patients(supports):
             memory = self._memory_of(supports, class_values)
             chosen = np.linspace(0, len(supports) - 1, min(_CHECKED_CASES, len(supports))).round().astype(int)
-            checked = [(int(s), supports[s]) for s in dict.fromkeys(chosen.tolist())]
+            checked = [(places_of_patient(supports, s), supports[s]) for s in dict.fromkeys(chosen.tolist())]
             default = self._default(supports[0])
             recipes = list(dict.fromkeys([*candidate_recipes(self._options.fixed, default), default]))
             if len(recipes) > 1:
-                for s, support in track(checked, what="choosing the recipe", total=len(checked)):
+                for own, support in track(checked, what="choosing the recipe", total=len(checked)):
                     self._recipe_rows[support.case_id] = self._check_recipes(
-                        s, support, memory, class_values, recipes, len(checked)
+                        own, support, memory, class_values, recipes, len(checked)
                     )
                 self._checked_default = default
             if self._options.decoder == "checked":
                 chosen_recipes = self._recipes(supports[0], class_values)
-                for s, support in track(checked, what="checking the decoder", total=len(checked)):
+                for own, support in track(checked, what="checking the decoder", total=len(checked)):
                     self._decoder_rows[support.case_id] = self._check_decoder(
-                        s, support, memory, class_values, chosen_recipes, len(checked), backend
+                        own, support, memory, class_values, chosen_recipes, len(checked), backend
                     )
         return {"recipe_check": _text_keys(self._recipe_rows), "decoder_check": _text_keys(self._decoder_rows)}
 
@@ -165,8 +175,9 @@ class Transfer:
         if not supports:
             raise InputError(f"case {query.case_id} has no support to take labels from")
         memory = self._memory_of(supports, class_values)
-        recipes = self._recipes(supports[0], class_values, without=query.case_id)
-        choices = best_choices(self._decoder_rows, class_values, default="map", without=query.case_id)
+        own = scans_of(query, self._patients)
+        recipes = self._recipes(supports[0], class_values, without=own)
+        choices = best_choices(self._decoder_rows, class_values, default="map", without=own)
         shares = {k: _SHARES[choices[value]] for k, value in enumerate(class_values)}
         descriptors_nf = slice_descriptors(query.embeddings)
         ballots = Ballots(len(supports), len(class_values))
@@ -193,19 +204,19 @@ class Transfer:
             },
         )
 
-    def checked_dice(self, class_values: tuple[int, ...], *, without: str | None = None) -> DiceTable:
+    def checked_dice(self, class_values: tuple[int, ...], *, without: Set[str] = frozenset()) -> DiceTable:
         """Return the mean Dice of what was chosen on the checked cases, for each class; None where nothing was checked.
 
-        ``without`` leaves a case's own out. Choices were made on the same slices, so it is a little too high.
+        ``without`` leaves out a patient's cases. Choices were made on the same slices, so it is a little too high.
         """
         rows = self._decoder_rows or self._rows_of_recipe(class_values, without)
         choices = best_choices(rows, class_values, default="map", without=without)
         return {
-            value: mean_dice([row[choices[value]] for case, row in rows.items() if case != without], [value])[value]
+            value: mean_dice([row[choices[value]] for case, row in rows.items() if case not in without], [value])[value]
             for value in class_values
         }
 
-    def _rows_of_recipe(self, class_values: tuple[int, ...], without: str | None) -> dict[str, dict[str, DiceTable]]:
+    def _rows_of_recipe(self, class_values: tuple[int, ...], without: Set[str]) -> dict[str, dict[str, DiceTable]]:
         if self._checked_default is None:
             return {}
         candidates = candidate_recipes(self._options.fixed, self._checked_default)
@@ -220,12 +231,12 @@ class Transfer:
         memory: SupportMemory,
         recipes: Sequence[Recipe],
         *,
-        without: int | None = None,
+        without: Set[int] = frozenset(),
         ballots: Ballots | None = None,
     ) -> dict[Recipe, torch.Tensor]:
         """Return the soft map of one slice by each recipe, (C, h, w), summing to one."""
-        # An index holds every support, so that one left out has to be searched around; that is only for checks.
-        indexed = without is None and 0 < self._options.index_above < memory.locations
+        # An index holds every support, so that those left out have to be searched around; that is only for checks.
+        indexed = not without and 0 < self._options.index_above < memory.locations
         if indexed:
             chosen: Sequence[int] = memory.slices
             memory_mf, labels_mc = memory.all_rows()
@@ -252,7 +263,7 @@ class Transfer:
 
     def _check_recipes(
         self,
-        s: int,
+        own: Set[int],
         support: Support,
         memory: SupportMemory,
         class_values: tuple[int, ...],
@@ -262,13 +273,13 @@ class Transfer:
         query, scores = support.as_query(), {recipe: SliceDice(class_values) for recipe in recipes}
         descriptors_nf = slice_descriptors(query.embeddings)
         for n in self._slices(support, class_values, cases):
-            for recipe, prob_chw in self._maps(query, n, descriptors_nf[n], memory, recipes, without=s).items():
+            for recipe, prob_chw in self._maps(query, n, descriptors_nf[n], memory, recipes, without=own).items():
                 scores[recipe].add(support, n, prob_chw)
         return {recipe.name: score.table() for recipe, score in scores.items()}
 
     def _check_decoder(
         self,
-        s: int,
+        own: Set[int],
         support: Support,
         memory: SupportMemory,
         class_values: tuple[int, ...],
@@ -279,7 +290,7 @@ class Transfer:
         query, scores = support.as_query(), {name: SliceDice(class_values) for name in _SHARES}
         descriptors_nf = slice_descriptors(query.embeddings)
         for n in self._slices(support, class_values, cases):
-            prob_chw = averaged(self._maps(query, n, descriptors_nf[n], memory, recipes, without=s))
+            prob_chw = averaged(self._maps(query, n, descriptors_nf[n], memory, recipes, without=own))
             decoded = decode_map(backend, query.embeddings, n, prob_chw, _KINDS)
             for name, share in _SHARES.items():
                 redrawn = put_in(prob_chw, decoded, dict.fromkeys(range(len(class_values)), share))
@@ -289,9 +300,11 @@ class Transfer:
     def _slices(self, support: Support, class_values: tuple[int, ...], cases: int) -> list[int]:
         return check_slices(support, class_values, max(3, self._options.check_slices // cases))
 
-    def _recipes(self, support: Support, class_values: tuple[int, ...], *, without: str | None = None) -> list[Recipe]:
+    def _recipes(
+        self, support: Support, class_values: tuple[int, ...], *, without: Set[str] = frozenset()
+    ) -> list[Recipe]:
         default = self._default(support)
-        if not set(self._recipe_rows) - {without}:
+        if not set(self._recipe_rows) - without:
             return [default]
         candidates = candidate_recipes(self._options.fixed, default)
         return choose_recipes(self._recipe_rows, candidates, default, class_values, without=without)
