@@ -149,11 +149,26 @@ def test_labels_are_hidden_and_test_cases_held_out_by_patient(tmp_path: Path, fr
     assert all(len(of_patient) == 1 for of_patient in roles.values())
 
 
-def test_cases_that_look_like_one_patient_are_pointed_out(
+def test_cases_that_look_like_one_patient_are_put_together_with_a_line(
     tmp_path: Path, fresh_roots: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _convert(_source(tmp_path / "source", patients=True))
-    assert "p0_frame0 and p0_frame1 look like one patient" in capsys.readouterr().out
+    cohort = _convert(_source(tmp_path / "source", patients=True))
+    assert [case.patient for case in cohort.cases] == ["p0", "p0", "p1", "p1", "p2_frame0"]
+    told = capsys.readouterr().out
+    assert "4 cases are taken for 2 patients' by their names, as p0_frame0 and p0_frame1" in told
+    apart = _convert(tmp_path / "source", "--patient-pattern", "^(.*)$", name="Apart", dataset_id=8)
+    assert [case.patient for case in apart.cases] == [case.case_id for case in apart.cases]
+    assert "taken for" not in capsys.readouterr().out
+
+
+def test_labels_that_cannot_be_drawn_by_patients_of_names_are_refused_with_the_way_out(
+    tmp_path: Path, fresh_roots: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = _source(tmp_path / "source", labelled=8, unlabelled=0, patients=True)
+    assert main(["convert", str(source), "-d", "7", "-n", "T", "--labelled", "3"]) == 2
+    told = capsys.readouterr().err
+    assert "possible next to it: 2 or 4" in told
+    assert "--patient-pattern" in told
 
 
 def test_a_test_folder_is_named_or_found_and_may_lack_labels(tmp_path: Path, fresh_roots: Path) -> None:

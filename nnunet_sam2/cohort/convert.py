@@ -18,7 +18,8 @@ from nnunet_sam2.cohort.labels import LabelTable, LabelValue, make_label_table, 
 from nnunet_sam2.cohort.layouts import Found, SourceCase, find
 from nnunet_sam2.cohort.layouts.folder import TEST
 from nnunet_sam2.cohort.names import checked_case_id
-from nnunet_sam2.cohort.roles import choose_cases, patients_of, suspect_patients
+from nnunet_sam2.cohort.patients import EACH_ITS_OWN, patients_of
+from nnunet_sam2.cohort.roles import choose_cases
 from nnunet_sam2.cohort.unpacked import in_users_words, source_folder
 from nnunet_sam2.cohort.write import choose_ending, write_dataset
 from nnunet_sam2.errors import InputError, StageError
@@ -86,6 +87,8 @@ class Assignment:
 
     role_of: dict[str, Role]
     patient_of: dict[str, str]
+    note: str | None = None
+    """How patients were found, where that is worth a line."""
 
 
 def convert(source: Path, folders: DatasetFolders, options: ConvertOptions) -> Cohort:
@@ -226,7 +229,8 @@ def assign_roles(cases: dict[str, SourceCase], options: ConvertOptions) -> Assig
 
     Each draw has its own random stream, so that the test cases stay the same when the number of labels changes.
     """
-    patient_of = patients_of(sorted(cases), options.patient_pattern)
+    patients = patients_of(sorted(cases), options.patient_pattern)
+    patient_of, told = patients.of, f" ({EACH_ITS_OWN})" if patients.grouped else ""
     test = {case_id for case_id, case in cases.items() if case.test}
     labelled = {case_id for case_id, case in cases.items() if case.label is not None and not case.test}
     if not labelled:
@@ -235,14 +239,15 @@ def assign_roles(cases: dict[str, SourceCase], options: ConvertOptions) -> Assig
     if options.test_cases:
         partly = {patient_of[c] for c, case in cases.items() if not case.test and case.label is None}
         pool = {c: patient_of[c] for c in labelled if patient_of[c] not in partly}
-        drawn = choose_cases(pool, options.test_cases, _rng(options.seed, _TEST_DRAW), what="--test-cases")
+        drawn = choose_cases(pool, options.test_cases, _rng(options.seed, _TEST_DRAW), what="--test-cases", told=told)
         test |= drawn
         labelled -= drawn
         if not labelled:
             raise InputError(f"--test-cases {options.test_cases} takes all labelled cases; leave some to learn from")
     if options.labelled is not None:
         pool = {c: patient_of[c] for c in labelled}
-        labelled = choose_cases(pool, options.labelled, _rng(options.seed, _LABELLED_DRAW), what="--labelled")
+        rng = _rng(options.seed, _LABELLED_DRAW)
+        labelled = choose_cases(pool, options.labelled, rng, what="--labelled", told=told)
     unlabelled = set(cases) - test - labelled
     if not unlabelled:
         raise InputError(
@@ -254,10 +259,12 @@ def assign_roles(cases: dict[str, SourceCase], options: ConvertOptions) -> Assig
         unlabelled = {str(c) for c in order[: options.unlabelled]}
     leaked = sorted({patient_of[c] for c in test} & {patient_of[c] for c in labelled | unlabelled})
     if leaked:
-        raise InputError(f"patient {leaked[0]} has cases both in test and in training; keep each patient on one side")
+        raise InputError(
+            f"patient {leaked[0]} has cases both in test and in training; keep each patient on one side{told}"
+        )
     role_of = dict.fromkeys(test, Role.TEST) | dict.fromkeys(labelled, Role.LABELLED)
     role_of |= dict.fromkeys(unlabelled, Role.UNLABELLED)
-    return Assignment(role_of=role_of, patient_of={c: patient_of[c] for c in role_of})
+    return Assignment(role_of=role_of, patient_of={c: patient_of[c] for c in role_of}, note=patients.note)
 
 
 def _rng(seed: int, draw: int) -> np.random.Generator:
@@ -314,9 +321,8 @@ def _advice(
         here, there = (", ".join(names) for names in (found.channels, options.channels))
         if here.lower() != there.lower():
             notes.append(f"the source's channels {here} are called {there}, in this order")
-    pair = suspect_patients(list(cases)) if options.patient_pattern is None else None
-    if pair:
-        notes.append(f"{pair[0]} and {pair[1]} look like one patient; say so with --patient-pattern '^([^_]+)'")
+    if assignment.note:
+        notes.append(assignment.note)
     seen = {v for c in checked if assignment.role_of[c.case_id] is Role.LABELLED for v in c.label_values}
     for name, value in table.labels.items():
         values = {s for s, t in table.source_values.items() if t in (value if isinstance(value, list) else [value])}

@@ -44,7 +44,7 @@ def check_coverage(
     """Count lower bounds of one class that the true Dice of as many new cases reach.
 
     ``coverage`` is what was asked for. Of m new cases, a patient each, the bounds of one calibration on n patients hold
-    for a number that is beta-binomial (Vovk, 2012): few labelled ones give bounds too bold or too timid for all of them.
+    for a number that is beta-binomial (Vovk, 2012): few labelled ones give bounds too bold or too timid.
     Bounds of several classes of a case do not hold or fail independently: check class by class, or read ``least`` and
     ``most`` of pooled ones with that in mind. Raises `ValueError` where there is nothing to count.
     """

@@ -58,7 +58,7 @@ def subject_dice(supports: Sequence[Support], value: int) -> dict[str, float]:
 def transfer_went_astray(agreement: float, subject: Mapping[str, float], *, without: Set[str]) -> bool:
     """Say whether labels transferred to a picture differ from its subject by more than human labels ever did.
 
-    ``agreement`` is their Dice; ``subject`` the subject's on labelled pictures, of which those ``without`` are left out.
+    ``agreement`` is their Dice; ``subject`` the subject's on labelled pictures, those ``without`` left out.
     A picture unlike all labelled ones leads transfer astray, and nothing else in a single picture shows it.
     """
     known = [dice for case_id, dice in subject.items() if case_id not in without]
