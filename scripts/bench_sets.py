@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,17 @@ class Sam2BenchSet:
     queries: int
     merge: bool = False
     """Take all labels above 0 for one class."""
+    most_supports: int = 8
+    """Labelled patients that there are beside the queries."""
+    order: str | None = None
+    """File of the set's folder with its patients in the order in which they are labelled; all scans of one are taken."""
+    beside: str | None = None
+    """Set that holds the rest of the volumes."""
 
+
+_BTCV_ORGANS = ("spleen", "R kidney", "L kidney", "gallbladder", "oesophagus", "liver", "stomach", "aorta", "IVC")
+_BTCV_ORGANS += ("veins", "pancreas", "R adrenal", "L adrenal")
+_BTCV = {name: (value,) for value, name in enumerate(_BTCV_ORGANS, start=1)}
 
 SETS = {
     s.name: s
@@ -53,36 +64,79 @@ SETS = {
             headline=("right ventricle", "myocardium", "left ventricle"),
             queries=8,
         ),
+        Sam2BenchSet(
+            name="acdc_ssl4mis",
+            scored={"right ventricle": (1,), "myocardium": (2,), "left ventricle": (3,)},
+            headline=("right ventricle", "myocardium", "left ventricle"),
+            queries=12,
+            order="train_order.txt",
+            beside="acdc",
+        ),
+        Sam2BenchSet(name="btcv_ct", scored=_BTCV, headline=tuple(_BTCV), queries=4, most_supports=4),
         Sam2BenchSet(name="ddsm_tissue", scored={"breast": (1,)}, headline=("breast",), queries=12, merge=True),
     )
 }
 
 
+def file_of(bench: Sam2BenchSet, kind: str, name: str) -> Path:
+    """Return where an image or a label of a set lies."""
+    path = DATA / bench.name / kind / name
+    return path if bench.beside is None or path.exists() else DATA / bench.beside / kind / name
+
+
+def patient_of(name: str) -> str:
+    """Return whose scan a file is."""
+    return re.split(r"_frame", name.split(".")[0])[0]
+
+
 def drawn_cases(bench: Sam2BenchSet, seed: int) -> list[str]:
     """Draw one file of every patient, in the order that queries and then supports are taken in."""
-    source = DATA / bench.name / "images"
-    if not source.is_dir():
-        raise SystemExit(f"{source} is missing; set NNUNET_SAM2_DATA to the folder that holds {bench.name}")
-    patients: dict[str, list[str]] = {}
-    for path in sorted(source.iterdir()):
-        patients.setdefault(re.split(r"_frame", path.name.split(".")[0])[0], []).append(path.name)
+    patients = _files_by_patient(bench)
     rng = np.random.default_rng(seed)
     return [patients[p][int(rng.integers(len(patients[p])))] for p in rng.permutation(sorted(patients))]
 
 
 def draw_cases(bench: Sam2BenchSet, supports: int, queries: int, seed: int) -> tuple[list[str], list[str]]:
-    """Draw support and query files of different patients; the queries are the same for every number of supports."""
+    """Draw support and query files of different patients; the queries are the same for every number of supports.
+
+    A set with an order of its patients gives all scans of ``supports`` patients, the first ones of the order for seed
+    0, and as queries the scans of patients behind them.
+    """
+    if bench.order is not None:
+        return _draw_in_order(bench, supports, queries, seed)
     drawn = drawn_cases(bench, seed)
     if supports + queries > len(drawn):
         raise SystemExit(f"{bench.name} has {len(drawn)} patients; {supports} supports and {queries} queries are more")
     return drawn[queries : queries + supports], drawn[:queries]
 
 
+def _draw_in_order(bench: Sam2BenchSet, supports: int, queries: int, seed: int) -> tuple[list[str], list[str]]:
+    order = (DATA / bench.name / str(bench.order)).read_text(encoding="utf-8").split()
+    if seed:
+        order = [str(patient) for patient in np.random.default_rng(seed).permutation(order)]
+    files = _files_by_patient(bench)
+    given = [name for patient in order[:supports] for name in files[patient]]
+    asked = [name for patient in order[bench.most_supports :] for name in files[patient]][:queries]
+    if supports > bench.most_supports or len(asked) < queries:
+        raise SystemExit(f"{bench.name} has no {supports} patients to support and {queries} scans to ask for")
+    return given, asked
+
+
+def _files_by_patient(bench: Sam2BenchSet) -> dict[str, list[str]]:
+    patients: dict[str, list[str]] = {}
+    for folder in (bench.name, *([bench.beside] if bench.beside else [])):
+        source = DATA / folder / "images"
+        if not source.is_dir():
+            raise SystemExit(f"{source} is missing; set NNUNET_SAM2_DATA to the folder that holds {folder}")
+        for path in sorted(source.iterdir()):
+            patients.setdefault(patient_of(path.name), []).append(path.name)
+    return patients
+
+
 def load_case(bench: Sam2BenchSet, name: str, backend: Sam2Backend | None) -> Support:
     """Read a case with its label, and encode it where there is a back end."""
-    folder = DATA / bench.name
-    volume = read_volume([folder / "images" / name])
-    label_zyx, _ = read_label(folder / "labels" / name)
+    volume = read_volume([file_of(bench, "images", name)])
+    label_zyx, _ = read_label(file_of(bench, "labels", name))
     # The baselines scale frames down themselves; what they start from changes nothing beyond rounding.
     frames = Frames.from_volume(volume, size=backend.spec.image_size if backend else 2 * BASELINE_SIZE)
     return Support(
@@ -91,6 +145,7 @@ def load_case(bench: Sam2BenchSet, name: str, backend: Sam2Backend | None) -> Su
         embeddings=backend.embed(frames) if backend else NoEmbeddings(),
         label_zyx=(label_zyx > 0).astype(np.uint8) if bench.merge else label_zyx,
         geometry=volume.geometry,
+        patient=patient_of(name),
     )
 
 

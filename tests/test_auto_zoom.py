@@ -150,7 +150,7 @@ def test_what_was_chosen_has_a_checked_dice_without_the_querys_own(
     strategy = Transfer(TransferOptions(check_slices=9, decoder=decoder))
     assert strategy.checked_dice((RING,)) == {RING: None}
     strategy.prepare(near, (RING,), backend)
-    every, without = strategy.checked_dice((RING,))[RING], strategy.checked_dice((RING,), without="case_0")[RING]
+    every, without = strategy.checked_dice((RING,))[RING], strategy.checked_dice((RING,), without={"case_0"})[RING]
     assert every is not None
     assert without is not None
     assert 0.5 < every <= 1

@@ -47,8 +47,8 @@ def test_each_class_takes_what_was_better_on_the_mean() -> None:
 
 
 def test_a_cases_own_row_has_no_say_in_its_own_choice() -> None:
-    assert best_choices(ROWS, (1, 2, 3), default="map", without="a") == {1: "map", 2: "decoder", 3: "map"}
-    assert best_choices(ROWS, (1, 2, 3), default="map", without="b") == {1: "decoder", 2: "map", 3: "map"}
+    assert best_choices(ROWS, (1, 2, 3), default="map", without={"a"}) == {1: "map", 2: "decoder", 3: "map"}
+    assert best_choices(ROWS, (1, 2, 3), default="map", without={"b"}) == {1: "decoder", 2: "map", 3: "map"}
 
 
 def test_a_gain_that_is_too_small_and_no_check_at_all_keep_the_default() -> None:

@@ -126,7 +126,7 @@ def test_memory_is_bounded_and_holds_the_most_similar_slices(supports: list[Supp
     chosen = memory.choose(descriptor_f, depth, 5 * locations)
     assert len(chosen) == 5
     assert len(supports[0].frames) + 4 in chosen
-    without = memory.choose(descriptor_f, depth, 10**9, without=1)
+    without = memory.choose(descriptor_f, depth, 10**9, without={1})
     assert len(without) == len(supports[0].frames) + len(supports[2].frames)
     assert len(memory.choose(descriptor_f, depth, 1)) == 1
 
@@ -139,8 +139,8 @@ def test_recipes_are_chosen_on_other_cases_and_those_that_cannot_be_told_apart_a
         "b": {default.name: {1: 0.8}, better.name: {1: 0.8}, alike.name: {1: 0.7}},
     }
     assert choose_recipes(rows, [better, alike], default, (1,)) == [better]
-    assert choose_recipes(rows, [better, alike], default, (1,), without="a") == [default]
-    assert choose_recipes(rows, [better, alike], default, (1,), without="b") == [better, alike]
+    assert choose_recipes(rows, [better, alike], default, (1,), without={"a"}) == [default]
+    assert choose_recipes(rows, [better, alike], default, (1,), without={"b"}) == [better, alike]
 
 
 def test_the_default_recipe_stays_where_no_other_clearly_beats_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -125,6 +126,16 @@ class RunContext:
             for c in self.cohort.cases
         )
         return replace(self.cohort, cases=tuple(cases))
+
+    @cached_property
+    def several_scans(self) -> dict[str, dict[str, str]]:
+        """Return the patients of whom there are several cases as inputs of stages that leave patients out; else none.
+
+        Where each case is a patient the stages' keys are what they always were.
+        """
+        counts = Counter(case.patient for case in self.cohort.cases)
+        patients = {case.case_id: case.patient for case in self.cohort.cases if counts[case.patient] > 1}
+        return {"patients": patients} if patients else {}
 
     @cached_property
     def added_before(self) -> dict[str, Addition]:

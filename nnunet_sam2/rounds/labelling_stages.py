@@ -44,7 +44,12 @@ class LabellingStages:
             return None
         out = self.run.round_folder(number) / "prompted"
         predicted = self.run.round_folder(student.number) / "student" / PROBABILITIES
-        inputs = {"student": student.digest, "sam2": self.run.sam2_identity, "image_size": self.run.options.image_size}
+        inputs = {
+            "student": student.digest,
+            **self.run.several_scans,
+            "sam2": self.run.sam2_identity,
+            "image_size": self.run.options.image_size,
+        }
         if strategy != "prompted":
             inputs["strategy"] = strategy
 
@@ -124,6 +129,7 @@ class LabellingStages:
         inputs = {
             "predicted": predicted,
             "supports": self.run.support_ids,
+            **self.run.several_scans,
             "sam2": self.run.sam2_identity,
             "image_size": self.run.options.image_size,
             "quality": QualityOptions().looked_at,

@@ -72,6 +72,7 @@ class SupportLabelling:
         inputs = {
             "setup": self.run.digest("setup/plan"),
             "supports": supports,
+            **self.run.several_scans,
             **_to_json("added", before),
             **_to_json("drawn", drawn),
             "strategy": self.run.options.strategy,

@@ -19,7 +19,7 @@ from methods_bench.variants import COPIES, STUDENT, Variant
 from nnunet_sam2.evaluation import compare
 from nnunet_sam2.labelling.components import single_component_classes
 from nnunet_sam2.labelling.fusion import FusionOptions, fuse
-from nnunet_sam2.labelling.leave_one_out import dice_by_class
+from nnunet_sam2.labelling.leave_one_out import dice_by_class, of_other_patients, several_patients
 from nnunet_sam2.labelling.member import PseudoLabel
 from nnunet_sam2.labelling.quality.calibration import Calibration, Pair
 from nnunet_sam2.labelling.quality.options import QualityOptions
@@ -57,13 +57,9 @@ class Labeller:
         elif isinstance(self._strategy, Prepares):
             self._strategy.prepare(self._supports, self._values, self._backend)
 
-    def others(self, case_id: str) -> list[Support]:
-        """Return the supports without a case."""
-        return [support for support in self._supports if support.case_id != case_id]
-
     def label(self, query: Query) -> PseudoLabel:
-        """Label one case from the supports that it is not itself."""
-        others = self.others(query.case_id)
+        """Label one case from the supports of other patients; the queries of a cell are all of other patients."""
+        others = of_other_patients(query, self._supports)
         single = single_component_classes([support.label_zyx for support in others], self._values)
         fusion = dataclasses.replace(self._fusion, single_component_classes=single)
         # Not Python's own hash, which differs from process to process.
@@ -84,9 +80,9 @@ class Students:
         self._maps(task)[case_id] = np.rint(prob_czyx * 255.0).astype(np.uint8)
 
     def of(self, task: Task) -> dict[str, np.ndarray]:
-        """Return the probabilities of queries and supports, the latter labelled from the others; a single one lacks."""
+        """Return the probabilities of queries and supports, the latter labelled from other patients, if any."""
         maps = self._maps(task)
-        wanted = [*(task.supports if len(task.supports) > 1 else ()), *task.queries]
+        wanted = [*(task.supports if several_patients(task.supports) else ()), *task.queries]
         missing = [case for case in wanted if case.case_id not in maps]
         if missing:
             labeller = Labeller(make_strategy(STUDENT), task.supports, task, self._backend, self._seed)
@@ -222,15 +218,16 @@ def _measure_task(
         cases[query.case_id]["truth"] = dice_by_class(pseudo.label_zyx, truth.label_zyx, task.class_values)
     pairs = []
     with _meter(backend) as calibrating:
-        for support in supports if calibrate and len(supports) > 1 else ():
+        for support in supports if calibrate and several_patients(supports) else ():
             pseudo = labeller.label(support.as_query())
             if lends:
                 students.keep(task, support.case_id, pseudo.prob_czyx)
             pairs.append(
                 Pair(
                     case_id=support.case_id,
-                    features=probe.measure(support.as_query(), pseudo, labeller.others(support.case_id)),
+                    features=probe.measure(support.as_query(), pseudo, of_other_patients(support, supports)),
                     dice=dice_by_class(pseudo.label_zyx, support.label_zyx, task.class_values),
+                    patient=support.patient,
                 )
             )
     calibration = Calibration(class_values=task.class_values, pairs=tuple(pairs), options=quality)
@@ -259,7 +256,7 @@ def _calibration_record(calibration: Calibration, task: Task, cost: Cost) -> dic
     counts = {}
     for value in task.class_values:
         rows = [p for p in calibration.pairs if p.features[value].voxels and p.dice.get(value) is not None]
-        counts[task.name if only else str(value)] = len(rows)
+        counts[task.name if only else str(value)] = len({pair.patient_id for pair in rows})
     return {
         "calibrated": calibration.calibrated,
         "cases": counts,

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from methods_bench.tasks import FEW_SHOT, set_of
 from methods_bench.variants import COPIES, STUDENT, Variant
 
-SET_NAMES = ("hippocampus", "chaos_t2_mr", "acdc", "ddsm_tissue", FEW_SHOT)
+SET_NAMES = ("hippocampus", "chaos_t2_mr", "acdc", "acdc_ssl4mis", "btcv_ct", "ddsm_tissue", FEW_SHOT)
 SUPPORTS = (1, 3, 8)
 FEW_SHOT_QUERIES = 11
 """All patients of chaos_t2_mr but the one that supports."""
 
 CALIBRATED = ("transfer", "auto", "match", "guided", "refine", "refine, paper", "chain")
-"""Variants whose estimates are calibrated: each support is labelled from the others as well."""
+"""Variants whose estimates are calibrated: each support is labelled from other patients as well."""
 
 PICTURES = ("ddsm_tissue",)
 """Sets of single images, for which `chain` was made."""
@@ -34,6 +34,8 @@ _SHAPES = {
     "hippocampus": _Shape(slices=40, classes=2),
     "chaos_t2_mr": _Shape(slices=35, classes=4),
     "acdc": _Shape(slices=10, classes=3),
+    "acdc_ssl4mis": _Shape(slices=10, classes=3),
+    "btcv_ct": _Shape(slices=150, classes=13),
     "ddsm_tissue": _Shape(slices=1, classes=1),
     # Four tasks of one class.
     FEW_SHOT: _Shape(slices=140, classes=1),
@@ -109,7 +111,7 @@ def planned(
     cells = []
     for name in sets:
         most = FEW_SHOT_QUERIES if name == FEW_SHOT else set_of(name).queries
-        for count in [1] if name == FEW_SHOT else supports:
+        for count in [1] if name == FEW_SHOT else [n for n in supports if n <= set_of(name).most_supports]:
             for variant in variants:
                 if variant.strategy == "chain" and name not in PICTURES:
                     continue

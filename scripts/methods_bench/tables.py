@@ -15,6 +15,9 @@ from methods_bench.summary import paired
 from methods_bench.tasks import FEW_SHOT, set_of
 from methods_bench.variants import COPIES
 
+_MOST_PARTS_BESIDE = 6
+"""Parts of a set that have their columns beside its means; more of them have a table of their own."""
+
 NEAR = 0.01
 """How far behind the best `auto` may stand."""
 JUDGED = "auto"
@@ -134,7 +137,8 @@ def _set_table(cells: Cells, set_name: str) -> str:
     for seed, by_count in by_seed.items():
         counts = list(by_count)
         header = ["labeller", *(f"{c} support{'s' * (c != '1')}" for c in counts), "cases"]
-        if len(bench.scored) > 1:
+        beside = 1 < len(bench.scored) <= _MOST_PARTS_BESIDE
+        if beside:
             header += [f"{part}, {counts[-1]}" for part in bench.scored]
         header += [f"HD95 mm, {c}" for c in counts]
         rows = []
@@ -144,12 +148,25 @@ def _set_table(cells: Cells, set_name: str) -> str:
             if all("refused" in entry for entry in entries if entry):
                 continue
             rows.append([task, *(number(entry.get("mean")) for entry in entries), _case_counts(entries)])
-            if len(bench.scored) > 1:
+            if beside:
                 rows[-1] += [number(entries[-1].get("classes", {}).get(part)) for part in bench.scored]
             rows[-1] += [number(entry.get("hd95"), 1) for entry in entries]
         if rows:
             parts.append("\n".join([f"### {set_name}, {seed}", "", table(header, rows), *_refusals(by_count)]))
+        if rows and len(bench.scored) > _MOST_PARTS_BESIDE:
+            parts.append(_parts_table(set_name, seed, by_count[counts[-1]], counts[-1]))
     return "\n\n".join(parts)
+
+
+def _parts_table(set_name: str, seed: str, tasks: Mapping[str, Mapping[str, Any]], count: str) -> str:
+    """Return a set's many parts as a table of their own: two digits, so that a row stays readable."""
+    parts = set_of(set_name).scored
+    rows = [
+        [task, *(number(tasks[task]["classes"].get(part), 2) for part in parts)]
+        for task in sorted(tasks, key=_order)
+        if "refused" not in tasks[task]
+    ]
+    return "\n".join([f"### {set_name}, {seed}: each part, {count} supports", "", table(["labeller", *parts], rows)])
 
 
 def _refusals(by_count: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -124,8 +124,8 @@ class Calibration:
             found[value] = Estimate(
                 dice=dice,
                 lower=None if lower is None else min(lower, dice),
-                coverage=coverage,
-                proven=None if coverage is None else proven_coverage(coverage),
+                coverage=None if coverage is None else round(coverage, 4),
+                proven=None if coverage is None else round(proven_coverage(coverage), 4),
                 calibrated=self.calibrated,
             )
         return found
@@ -182,7 +182,7 @@ class Calibration:
             residual = -math.inf if row.dice <= _LEAST else _logit(row.dice) - model.predict(row.columns, value)
             candidates.append((model.predict(columns, value) + residual, 1.0 / count_of[row.patient]))
         lower, held = bound_among(candidates, len(count_of), self.options.coverage)
-        return float(expit(lower)), round(held, 4)
+        return float(expit(lower)), held
 
 
 def bound_rank(patients: int, coverage: float) -> int:
@@ -209,7 +209,7 @@ def bound_among(candidates: Sequence[tuple[float, float]], patients: int, covera
 
 def proven_coverage(coverage: float) -> float:
     """Return the share of cases that jackknife+ guarantees at a coverage of 1 - a, which is 1 - 2a; at least 0."""
-    return round(max(0.0, 2.0 * coverage - 1.0), 4)
+    return max(0.0, 2.0 * coverage - 1.0)
 
 
 def columns_of(features: CaseFeatures, *, relative: bool = False) -> dict[int, dict[str, float | None]]:

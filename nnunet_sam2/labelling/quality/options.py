@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_FEATURES_VERSION = 3
+_FEATURES_VERSION = 2
 """Raised when the same label gets other features than before."""
 
 
