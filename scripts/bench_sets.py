@@ -34,7 +34,7 @@ class Sam2BenchSet:
     most_supports: int = 8
     """Labelled patients that there are beside the queries."""
     order: str | None = None
-    """File of the set's folder with its patients in the order in which they are labelled; all scans of one are taken."""
+    """File of the set's folder with its patients in the order of labelling; all scans of one are taken."""
     beside: str | None = None
     """Set that holds the rest of the volumes."""
 

@@ -9,7 +9,7 @@ import pytest
 from scipy.special import expit
 
 from nnunet_sam2.labelling.member import PseudoLabel
-from nnunet_sam2.labelling.quality.calibration import Calibration, Pair, bound_rank
+from nnunet_sam2.labelling.quality.calibration import Calibration, Pair, bound_among, bound_rank, proven_coverage
 from nnunet_sam2.labelling.quality.coverage import check_coverage
 from nnunet_sam2.labelling.quality.features import CaseFeatures, Features, confidence_features, member_features
 from nnunet_sam2.labelling.quality.options import QualityOptions
@@ -189,6 +189,69 @@ def test_bounds_of_few_cases_promise_what_few_cases_allow() -> None:
     estimate = _calibration(_pairs(3, rng), coverage=0.9).estimate(_pairs(1, rng)[0].features)[1]
     assert estimate.coverage == pytest.approx(0.75)
     assert [bound_rank(n, 0.9) for n in (3, 9, 18, 19, 29)] == [1, 1, 1, 2, 3]
+
+
+def test_bounds_say_what_is_proven_beside_what_is_typical() -> None:
+    rng = np.random.default_rng(7)
+    estimate = _calibration(_pairs(3, rng)).estimate(_pairs(1, rng)[0].features)[1]
+    assert (estimate.coverage, estimate.proven) == (0.75, 0.5)
+    assert [proven_coverage(held) for held in (0.9, 0.5, 0.3)] == [pytest.approx(0.8), 0.0, 0.0]
+
+
+@pytest.mark.parametrize("patients", [1, 2, 3, 9, 10, 19, 29])
+def test_with_a_case_a_patient_the_bound_is_the_candidate_of_its_rank(patients: int) -> None:
+    candidates = np.random.default_rng(patients).permutation(patients).astype(float)
+    rank = bound_rank(patients, 0.9)
+    found = bound_among([(c, 1.0) for c in candidates], patients, 0.9)
+    assert found == (rank - 1.0, pytest.approx(1.0 - rank / (patients + 1)))
+    # Each case twice is no more knowledge.
+    twice = [(c, 0.5) for c in candidates for _ in range(2)]
+    assert bound_among(twice, patients, 0.9) == (found[0], pytest.approx(found[1]))
+
+
+def _scans(patients: int, scans: int, rng: np.random.Generator) -> list[Pair]:
+    """Cases whose Dice lies off their features by what their patient has, and by little of their own."""
+    pairs = []
+    for patient in range(patients):
+        off = rng.normal(0.0, 1.0)
+        for pair in _pairs(scans, rng, noise=0.1):
+            dice = {v: float(expit(np.log(d / (1 - d)) + off)) for v, d in pair.dice.items() if d is not None}
+            case_id = f"p{patient}_{pair.case_id}"
+            pairs.append(dataclasses.replace(pair, case_id=case_id, patient=f"p{patient}", dice=dice))
+    return pairs
+
+
+def test_bounds_of_several_scans_a_patient_hold_for_new_patients_and_those_by_case_do_not() -> None:
+    rng = np.random.default_rng(11)
+    held: dict[str, list[bool]] = {"patient": [], "case": []}
+    promised = {}
+    for _ in range(70):
+        pairs, new = _scans(4, 3, rng), _scans(1, 1, rng)[0]
+        for name in held:
+            known = pairs if name == "patient" else [dataclasses.replace(pair, patient=None) for pair in pairs]
+            estimate = _calibration(known, coverage=0.9).estimate(new.features)[1]
+            promised[name] = estimate.coverage
+            held[name].append((estimate.lower or 0) <= (new.dice[1] or 0))
+    assert promised == {"patient": 0.8, "case": pytest.approx(1 - 1 / 13, abs=1e-4)}
+    # 70 bounds: two standard errors are 0.1.
+    assert np.mean(held["patient"]) >= 0.8 - 0.1
+    assert np.mean(held["case"]) < promised["case"] - 0.1  # type: ignore[operator]
+
+
+def test_another_scan_of_a_patient_has_no_say_in_its_estimate() -> None:
+    pairs = _scans(3, 2, np.random.default_rng(12))
+    before = _calibration(pairs).leave_one_out()
+    changed = [dataclasses.replace(pairs[0], dice={1: 0.01, 2: 0.01}), *pairs[1:]]
+    after = _calibration(changed).leave_one_out()
+    assert before[pairs[1].case_id] == after[pairs[1].case_id]
+    assert before[pairs[2].case_id] != after[pairs[2].case_id]
+
+
+def test_two_scans_of_one_patient_calibrate_nothing() -> None:
+    pairs = _scans(1, 2, np.random.default_rng(13))
+    calibration = _calibration(pairs)
+    assert not calibration.calibrated
+    assert calibration.estimate(pairs[0].features)[1].lower is None
 
 
 def test_a_labelled_case_of_no_use_at_all_gives_a_bound_of_nothing() -> None:

@@ -57,9 +57,9 @@ class Labeller:
         elif isinstance(self._strategy, Prepares):
             self._strategy.prepare(self._supports, self._values, self._backend)
 
-    def label(self, query: Query) -> PseudoLabel:
-        """Label one case from the supports of other patients; the queries of a cell are all of other patients."""
-        others = of_other_patients(query, self._supports)
+    def label(self, query: Query, *, labelled: bool) -> PseudoLabel:
+        """Label one case: a labelled one from the supports of other patients, any other from all supports."""
+        others = of_other_patients(query, self._supports) if labelled else list(self._supports)
         single = single_component_classes([support.label_zyx for support in others], self._values)
         fusion = dataclasses.replace(self._fusion, single_component_classes=single)
         # Not Python's own hash, which differs from process to process.
@@ -88,7 +88,8 @@ class Students:
             labeller = Labeller(make_strategy(STUDENT), task.supports, task, self._backend, self._seed)
             labeller.prepare([])
             for case in missing:
-                self.keep(task, case.case_id, labeller.label(case.as_query()).prob_czyx)
+                labelled = case in task.supports
+                self.keep(task, case.case_id, labeller.label(case.as_query(), labelled=labelled).prob_czyx)
         return maps
 
     def _maps(self, task: Task) -> dict[str, np.ndarray]:
@@ -208,18 +209,18 @@ def _measure_task(
     for truth, query in zip(task.queries, queries, strict=True):
         with _meter(backend) as cost:
             backend.ask(query.embeddings)
-            pseudo = labeller.label(query)
+            pseudo = labeller.label(query, labelled=False)
         if lends:
             students.keep(task, query.case_id, pseudo.prob_czyx)
         with _meter(backend) as looked:
-            seen[query.case_id] = probe.measure(query, pseudo, supports)
+            seen[query.case_id] = probe.measure(query, pseudo, of_other_patients(query, supports) or supports)
         probe_cost = added(probe_cost, looked)
         cases[query.case_id] = {**scored(truth, pseudo.label_zyx, task), "cost": cost}
         cases[query.case_id]["truth"] = dice_by_class(pseudo.label_zyx, truth.label_zyx, task.class_values)
     pairs = []
     with _meter(backend) as calibrating:
         for support in supports if calibrate and several_patients(supports) else ():
-            pseudo = labeller.label(support.as_query())
+            pseudo = labeller.label(support.as_query(), labelled=True)
             if lends:
                 students.keep(task, support.case_id, pseudo.prob_czyx)
             pairs.append(
@@ -240,6 +241,7 @@ def _measure_task(
                 "dice": rounded(truths[value]),
                 "estimate": rounded(estimates[value].dice),
                 "lower": rounded(estimates[value].lower),
+                "coverage": rounded(estimates[value].coverage),
             }
             for value in task.class_values
         }

@@ -303,7 +303,8 @@ class Transfer:
     def _recipes(
         self, support: Support, class_values: tuple[int, ...], *, without: Set[str] = frozenset()
     ) -> list[Recipe]:
-        default = self._default(support)
+        # The rows hold the default of the supports that were checked; those of one query may be of another size.
+        default = self._checked_default or self._default(support)
         if not set(self._recipe_rows) - without:
             return [default]
         candidates = candidate_recipes(self._options.fixed, default)
