@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nnunet_sam2.cli.label import _calibrating
 from nnunet_sam2.cohort.cohort import Addition, Cohort, Role
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.labelling.explain.cases import as_text, find_case
@@ -165,6 +167,17 @@ def test_what_was_found_on_any_scan_of_a_patient_has_no_say_in_its_choices(
     auto = Auto(AutoOptions(check_slices=9))
     auto.prepare(supports, values, backend)
     assert auto._patients[supports[1].case_id] == "twin"
+
+
+def test_label_calibrates_on_as_many_patients_as_there_are(cohort: Cohort) -> None:
+    names = [f"{patient}_{scan}" for patient in "abcdefghij" for scan in range(2)]
+    cases = tuple(dataclasses.replace(cohort.labelled[0], case_id=n, patient=n[0]) for n in names)
+    many = dataclasses.replace(cohort, cases=cases)
+    args, strategy = argparse.Namespace(check=False, student=None), make_strategy("transfer")
+    found = _calibrating(args, many, strategy, names, [])
+    assert len({name[0] for name in found}) == len(found) == QualityOptions().calibration_cases
+    assert _calibrating(args, many, strategy, names[:6], []) == names[:6]
+    assert _calibrating(args, many, strategy, names[:2], []) == ()
 
 
 def test_each_patient_is_held_out_whole(supports: list[Support]) -> None:

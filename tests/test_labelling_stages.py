@@ -146,6 +146,30 @@ def test_a_label_that_a_person_drew_during_the_run_prompts_sam_2_from_its_round_
     assert stages.label_from_supports(6, out).digest == first.digest
 
 
+def test_a_run_whose_labelled_cases_are_one_patients_calibrates_nothing_and_labels_a_drawn_scan_of_that_patient(
+    fresh_dataset: DatasetFolders, generated_folder: Path, tmp_path: Path
+) -> None:
+    of_cases = _run(fresh_dataset, tmp_path / "run", "transfer")
+    assert of_cases.several_scans == {}
+    drawn, other = of_cases.cohort.unlabelled[:2]
+    one = {case.case_id for case in of_cases.cohort.labelled} | {drawn.case_id}
+    cases = tuple(replace(c, patient="one") if c.case_id in one else c for c in of_cases.cohort.cases)
+    run = replace(of_cases, cohort=replace(of_cases.cohort, cases=cases))
+    assert run.several_scans == {"patients": dict.fromkeys(sorted(one), "one")}
+    stages = LabellingStages(run)
+    first = stages.label_from_supports()
+    assert not first.calibration.calibrated
+    assert read_json(record_path(first.folder, drawn.case_id))["supports_of_the_patient"] == list(run.support_ids)
+    take_in(fresh_dataset.raw, [generated_folder / HIDDEN_LABELS / f"{drawn.case_id}.nii.gz"])
+    holds = holds_of(Cohort.load(fresh_dataset.raw), [], held_out_patients=frozenset())
+    again = stages.label_from_supports(1, holds)
+    assert not again.calibration.calibrated
+    record = read_json(record_path(again.folder, drawn.case_id))
+    assert record["supports"] == list(run.support_ids)
+    assert record["dice_with_human_label"] is None
+    assert drawn.case_id in read_json(record_path(again.folder, other.case_id))["supports"]
+
+
 @pytest.mark.parametrize(("strategy", "used"), [("refine", "refine"), ("transfer", "prompted")])
 def test_a_strategy_that_takes_a_student_refines_its_predictions_in_the_rounds_and_others_leave_it_to_prompted(
     tiny_dataset: DatasetFolders, tmp_path: Path, strategy: str, used: str
