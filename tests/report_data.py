@@ -37,7 +37,13 @@ def make_round(
 def make_case(case_id: str, *dices: float | None, role: Role = Role.UNLABELLED, **values: object) -> CaseAccount:
     classes = tuple(
         ClassQuality(
-            value=value, estimate=dice, sam2=dice, lower=dice and dice - 0.1, coverage=0.75, voxels=100 * value
+            value=value,
+            estimate=dice,
+            sam2=dice,
+            lower=dice and dice - 0.1,
+            coverage=0.75,
+            proven=0.5,
+            voxels=100 * value,
         )
         for value, dice in zip(CLASSES, dices, strict=True)
     )

@@ -88,6 +88,13 @@ def test_what_speaks_against_a_run_is_said_at_the_top(changes: dict[str, object]
     assert said in verdict.headline + " ".join(f"{f.title} {f.text}" for f in verdict.findings)
 
 
+def test_patients_count_in_what_lower_bounds_promise_and_what_is_proven_is_said() -> None:
+    findings = judge_run(make_account(GOOD, calibration_patients=3)).findings
+    (found,) = (f for f in findings if f.title == "Estimated quality")
+    assert "calibrated on 8 labelled cases of 3 patients" in found.text
+    assert "Lower bounds hold in 75% of new patients' cases as a rule; 50% is proven." in found.text
+
+
 def test_volumes_that_drift_are_pointed_out_with_the_human_ones() -> None:
     rounds = (make_round(1), RoundAccount(number=2, configuration="r02", volumes={1: 30.0, 2: 10.0}))
     findings = judge_run(make_account(GOOD, rounds=rounds, human_volumes={1: 52.0})).findings

@@ -46,7 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "beside the labels, else all classes)",
     )
     parser.add_argument("--regions-class-order", metavar="V,...", help="with regions: nnU-Net's regions_class_order")
-    parser.add_argument("--patient-pattern", metavar="REGEX", help="what of a case id names its patient (first group)")
+    parser.add_argument(
+        "--patient-pattern",
+        metavar="REGEX",
+        help="what of a case id names its patient (first group); default: what names make plain, such as p1_frame01 and "
+        "p1_frame12; '^(.*)$' makes each case a patient",
+    )
     parser.add_argument("--test-as-unlabelled", action="store_true", help="use test images without label as unlabelled")
     parser.add_argument("--allow-empty", action="store_true", help="accept labelled cases without foreground")
     parser.add_argument(

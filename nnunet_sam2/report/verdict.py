@@ -203,7 +203,7 @@ def _estimates(account: RunAccount) -> Finding | None:
         text += "; uncalibrated, so take them as a rank order."
         return Finding(level=Level.LOOK, title="Estimates uncalibrated", text=text)
     text += f"; calibrated on {_cases(account.calibration_cases, 'labelled case')}"
-    if account.calibration_patients < account.calibration_cases:
+    if 0 < account.calibration_patients < account.calibration_cases:
         text += f" of {_cases(account.calibration_patients, 'patient')}"
     text += f"{_promise(account)}."
     if low:
