@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--patient-pattern",
         metavar="REGEX",
-        help="what of a case id names its patient (first group); default: what names make plain, such as p1_frame01 and "
-        "p1_frame12; '^(.*)$' makes each case a patient",
+        help="what of a case id names its patient (first group); default: as names make plain (p1_frame01 and "
+        "p1_frame12 are one's); '^(.*)$' makes each case a patient",
     )
     parser.add_argument("--test-as-unlabelled", action="store_true", help="use test images without label as unlabelled")
     parser.add_argument("--allow-empty", action="store_true", help="accept labelled cases without foreground")
