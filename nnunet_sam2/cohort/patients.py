@@ -80,16 +80,16 @@ def patients_of(case_ids: Sequence[str], pattern: str | None) -> Patients:
         if len(cases) > 1 and (len(cases) <= _MOST_VISITS or any(stem_of[c][1] for c in cases))
     }
     patient_of = {case_id: stem if stem in several else case_id for case_id, (stem, _) in stem_of.items()}
+    notes = []
     if several:
         count, (one, other, *_) = sum(map(len, several.values())), next(iter(several.values()))
         who = "one patient's" if len(several) == 1 else f"{len(several)} patients'"
-        note = f"{count} cases are taken for {who} by their names, as {one} and {other}; {EACH_ITS_OWN}"
-        return Patients(of=patient_of, note=note, grouped=True)
+        notes.append(f"{count} cases are taken for {who} by their names, as {one} and {other}; {EACH_ITS_OWN}")
     if doubtful:
         one, other = doubtful
         way_out = "were they one's, say so with --patient-pattern '^(.*)[_-]'"
-        return Patients(of=patient_of, note=f"{one} and {other} are taken for two patients'; {way_out}")
-    return Patients(of=patient_of)
+        notes.append(f"{one} and {other} are taken for two patients'; {way_out}")
+    return Patients(of=patient_of, note="; ".join(notes) or None, grouped=bool(several))
 
 
 def _by_pattern(case_ids: Sequence[str], pattern: str) -> dict[str, str]:
