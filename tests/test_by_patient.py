@@ -91,6 +91,33 @@ def test_an_unlabelled_scan_takes_its_patients_help_and_is_judged_by_others(
     assert "checked on" not in told  # of a strategy that checked nothing
 
 
+def test_a_class_that_one_patients_scans_alone_answer_for_is_measured_on_none_of_them(
+    twins: Cohort, backend: MetaSam2Backend, tmp_path: Path
+) -> None:
+    """Each group of classes leaves the patient out for itself: in checks, labels, estimates and calibration."""
+    first, second, other = (case.case_id for case in twins.labelled)
+    shared, of_twin = twins.class_values
+    cases = tuple(dataclasses.replace(c, annotated=(shared,)) if c.case_id == other else c for c in twins.cases)
+    partly, name = dataclasses.replace(twins, cases=cases), twins.unlabelled[0].case_id
+    strategy = make_strategy("transfer", {"decoder": "off", "check_slices": 3})
+    calibrate_on = [case.case_id for case in partly.labelled]
+    known, new = _label(partly, backend, tmp_path, [first, name], strategy=strategy, calibrate_on=calibrate_on)
+    # The scan of the patient would answer for the class; the label of another patient's case cannot.
+    assert known["unanswered"] == [of_twin]
+    assert known["dice_with_human_label"][str(of_twin)] is None
+    assert known["dice_with_human_label"][str(shared)] is not None
+    checked = {group["answers_for"][0]: group["prepared"]["recipe_check"] for group in known["prepared"]["groups"]}
+    assert set(checked[shared]) == {first, second, other}
+    assert checked[of_twin] == {}
+    # A scan without a label takes its patient's help, and nobody can judge what came of it.
+    assert "unanswered" not in new
+    features = {int(value): seen for value, seen in new["quality"]["features"].items()}
+    assert set(features[shared]["reverse"]) == {other}
+    assert not features[of_twin].get("reverse")
+    assert new["quality"]["classes"][str(of_twin)]["lower"] is None
+    assert new["quality"]["classes"][str(shared)]["lower"] is not None
+
+
 def test_a_labelled_case_whose_patient_alone_supports_is_refused_by_the_patients_name(
     twins: Cohort, backend: MetaSam2Backend, tmp_path: Path
 ) -> None:
