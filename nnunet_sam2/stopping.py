@@ -18,8 +18,12 @@ LONGEST_SECONDS = 8.0
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
-class Stopped(BaseException):
-    """Raised in the main thread when the process is asked to end; not an `Exception`, so that nothing swallows it."""
+class Stopped(KeyboardInterrupt):
+    """Raised in the main thread when the process is asked to end.
+
+    An interrupt by kind, whichever signal asked: event loops keep every other exception to themselves (waitress's is
+    one) and go on, while they let an interrupt pass.
+    """
 
     def __init__(self, number: int) -> None:
         self.number = number

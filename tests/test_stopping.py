@@ -119,3 +119,17 @@ def _is_alive(pid: int) -> bool:
     import psutil
 
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_an_event_loop_lets_the_signal_pass_while_it_serves_a_connection() -> None:
+    from waitress import wasyncore
+
+    class Connection:
+        def handle_read_event(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+        def handle_error(self) -> None:
+            raise AssertionError("the event loop kept the signal to itself")
+
+    with pytest.raises(Stopped), stoppable(lambda stopped: None):
+        wasyncore.read(Connection())

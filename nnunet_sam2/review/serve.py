@@ -15,7 +15,6 @@ from nnunet_sam2.progress import say
 from nnunet_sam2.review.app import HOST, MOST_BYTES, ReviewApp
 from nnunet_sam2.review.session import ReviewSession
 from nnunet_sam2.rounds.decisions.record import DecisionFile, decisions_path
-from nnunet_sam2.stopping import Stopped
 
 _TOKEN_BYTES = 32
 _THREADS = 4
@@ -32,7 +31,7 @@ def serve_review(
             say(f"decisions are kept in {decisions_path(run)}; end with Ctrl-C")
             if browser:
                 threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-            with suppress(Stopped, KeyboardInterrupt):  # the one way in which it ends
+            with suppress(KeyboardInterrupt):  # the one way in which it ends
                 server.run()
         say(f"{len(decisions.lines)} entries in {decisions_path(run)}")
 
