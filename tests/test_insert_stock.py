@@ -128,7 +128,8 @@ def test_products_in_bfloat16_change_little(model, query, support):
         difference = np.abs(a.prob_kzyx - b.prob_kzyx)
         # How a product rounds is the processor's own; single voxels at a border differ most.
         assert 0 < np.quantile(difference, 0.999) < 0.05
-        assert difference.max() < 0.2 and difference.mean() < 0.005
+        assert difference.max() < 0.2
+        assert difference.mean() < 0.005
 
 
 def test_both_directions_cover_the_query_when_their_mean_is_asked_for(backend, query, support, stock):
