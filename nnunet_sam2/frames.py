@@ -204,6 +204,10 @@ class Frames:
         resized = {c: resize(plane[None], (self.size, self.size))[0] for c, plane in planes.items()}
         return np.clip(np.stack([resized[c] for c in self.channels]), 0.0, 1.0)
 
+    def plane(self, index: int) -> np.ndarray:
+        """Return a slice's windowed intensities (0 to 1) on its own grid, the mean of what SAM 2 is shown, (H, W)."""
+        return np.asarray(np.mean([self._windowed(channel, index) for channel in self.channels], axis=0), np.float32)
+
     def slices_first(self, array_zyx: np.ndarray) -> np.ndarray:
         """View an array on the volume's grid as (N, H, W)."""
         if array_zyx.shape != self.geometry.shape_zyx:

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 from baselines import CopyBaseline
+from registration_baseline import DeformableBaseline
 
 from methods_bench.counting import CountingBackend, spent
 from methods_bench.scores import organ_slice_dice
 from methods_bench.tasks import Task
-from methods_bench.variants import COPIES, STUDENT, Variant
+from methods_bench.variants import COPIES, DEFORMABLE, STUDENT, Variant
 from nnunet_sam2.evaluation import compare
 from nnunet_sam2.labelling.components import single_component_classes
 from nnunet_sam2.labelling.fusion import FusionOptions, fuse
@@ -126,7 +127,11 @@ def measure_copies(variant: Variant, tasks: Sequence[Task]) -> dict[str, Any]:
     rows = []
     for task in tasks:
         with _meter(None) as prepared:
-            copies = CopyBaseline(task.supports, registered=variant.strategy == COPIES[1])
+            copies: CopyBaseline | DeformableBaseline
+            if variant.strategy == DEFORMABLE:
+                copies = DeformableBaseline(task.supports)
+            else:
+                copies = CopyBaseline(task.supports, registered=variant.strategy == COPIES[1])
         cases = {}
         for case in task.queries:
             with _meter(None) as cost:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from methods_bench.tasks import FEW_SHOT, set_of
-from methods_bench.variants import COPIES, STUDENT, Variant
+from methods_bench.variants import COPIES, DEFORMABLE, STUDENT, Variant
 
 SET_NAMES = ("hippocampus", "chaos_t2_mr", "acdc", "acdc_ssl4mis", "btcv_ct", "ddsm_tissue", FEW_SHOT)
 SUPPORTS = (1, 3, 8)
@@ -15,6 +15,9 @@ FEW_SHOT_QUERIES = 11
 
 CALIBRATED = ("transfer", "auto", "match", "guided", "refine", "refine, paper", "chain")
 """Variants whose estimates are calibrated: each support is labelled from other patients as well."""
+
+VOLUMES = ("hippocampus", "chaos_t2_mr", "btcv_ct")
+"""Sets whose scans are thick enough to be registered in three dimensions."""
 
 PICTURES = ("ddsm_tissue",)
 """Sets of single images, for which `chain` was made."""
@@ -59,6 +62,7 @@ class _Rate:
 _RATES = {
     "copy": _Rate(a_slice=0.0005),
     "copy, registered": _Rate(a_slice=0.03),
+    DEFORMABLE: _Rate(a_slice=0.5),
     "transfer": _Rate(a_slice=0.04, a_mask=0.01, once=5.0),
     "auto": _Rate(a_slice=0.22, once=25.0),
     "refine": _Rate(a_slice=0.02, once=3.0),
@@ -114,6 +118,8 @@ def planned(
         for count in [1] if name == FEW_SHOT else [n for n in supports if n <= set_of(name).most_supports]:
             for variant in variants:
                 if variant.strategy == "chain" and name not in PICTURES:
+                    continue
+                if variant.strategy == DEFORMABLE and name not in VOLUMES:
                     continue
                 a_query, once = (seconds * times for seconds in _seconds(variant, name, count))
                 asked = min(queries or most, most)

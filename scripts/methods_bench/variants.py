@@ -12,7 +12,8 @@ from bench_data import WEIGHTS
 from nnunet_sam2.labelling.registry import STRATEGIES, make_strategy
 from nnunet_sam2.labelling.strategy import Strategy
 
-COPIES = ("copy", "copy, registered")
+DEFORMABLE = "deformable registration"
+COPIES = ("copy", "copy, registered", DEFORMABLE)
 _LEFT_OUT = ("prompted",)
 """`prompted` redraws a student's map and has no supports of its own: `refine` stands for it."""
 

@@ -171,10 +171,26 @@ def _transfer(member: Json, value: str) -> Said:
 
 def _auto(member: Json, value: str) -> Said:
     said = _transfer(member, value)
-    box = member.get("box_zyx")
-    if box:
-        part = ", ".join(f"{axis} {a}-{b - 1}" for axis, a, b in zip("zyx", *box, strict=True))
-        said.made.append(f"seen from near: voxels {part}, where a first transfer found the classes")
+    ground = member.get("ground") or {}
+    if ground.get("shift_mm") is not None:
+        said.made.append(
+            f"shows another part of the body than the supports: slices meet those that look alike, "
+            f"{ground['shift_mm']:g} mm along; what both show: voxels {_bounds(ground['part_zyx'])}"
+        )
+    if member.get("box_zyx"):
+        bent = "; the supports are bent onto what was found" if member.get("supports_bent") else ""
+        part = _bounds(member["box_zyx"])
+        said.made.append(f"seen from near: voxels {part}, where a first transfer found the classes{bent}")
+    for group in member.get("groups", []):
+        if int(value) in group["classes"]:
+            together = ", ".join(str(v) for v in group["classes"])
+            said.made.append(
+                f"too thin to be seen with all others: {group['share']:.2g} of it comes from a nearer look at "
+                f"{together}, voxels {_bounds(group['box_zyx'])}"
+            )
+    threshold = member.get("threshold", {}).get(value)
+    if threshold is not None:
+        said.made.append(f"drawn from a probability of {threshold:.2g} on, where its expected Dice is highest")
     taken = member.get("intensities", {}).get("taken", "as it is")
     if taken != "as it is":
         said.made.append(f"the query's intensities were foreign to the supports and were {taken} before")
@@ -182,6 +198,10 @@ def _auto(member: Json, value: str) -> Said:
     if weight is not None:
         said.made.append(f"counts with weight {weight:g}")
     return said
+
+
+def _bounds(box_zyx: Sequence[Sequence[int]]) -> str:
+    return ", ".join(f"{axis} {a}-{b - 1}" for axis, a, b in zip("zyx", *box_zyx, strict=True))
 
 
 def _chain(member: Json, value: str) -> Said:

@@ -13,7 +13,17 @@ from nnunet_sam2.geometry import view_axes
 from nnunet_sam2.labelling.components import single_component_classes
 from nnunet_sam2.labelling.fusion import FusionOptions, fuse
 from nnunet_sam2.labelling.leave_one_out import dice_by_class, patients_by_case, scans_of
-from nnunet_sam2.labelling.member import Member
+from nnunet_sam2.labelling.member import Member, PseudoLabel
+from nnunet_sam2.labelling.strategies.auto.bending import Aligned
+from nnunet_sam2.labelling.strategies.auto.even_odds import at_even_odds
+from nnunet_sam2.labelling.strategies.auto.field_of_view import (
+    LEAST_SLICES,
+    Ground,
+    Scan,
+    bodies_correspond,
+    common_ground,
+)
+from nnunet_sam2.labelling.strategies.auto.groups import expected_box, read_in, thin_groups
 from nnunet_sam2.labelling.strategies.auto.intensity import contrast_like
 from nnunet_sam2.labelling.strategies.auto.subject import (
     may_be_subject,
@@ -22,7 +32,16 @@ from nnunet_sam2.labelling.strategies.auto.subject import (
     transfer_went_astray,
 )
 from nnunet_sam2.labelling.strategies.auto.views import Views
-from nnunet_sam2.labelling.strategies.auto.zoom import CloseUps, box_around, close_up, labelled_part, put_back
+from nnunet_sam2.labelling.strategies.auto.zoom import (
+    Box,
+    CloseUps,
+    box_around,
+    close_up,
+    is_whole,
+    labelled_part,
+    put_back,
+)
+from nnunet_sam2.labelling.strategies.transfer.memory import Place
 from nnunet_sam2.labelling.strategies.transfer.strategy import TransferOptions
 from nnunet_sam2.sam2.protocol import Sam2Backend
 from nnunet_sam2.support.cases import Query, Support
@@ -38,6 +57,12 @@ LITTLE_NEARER = 0.5
 """Part of a slice's area above which the first look counts as much as all close-ups together: they gain less there, and
 where box and subject do not fit they lose more."""
 
+NEAR = Place(position_weight=4.0, slice_weight=4.0)
+"""Weights of position where supports were bent onto the query: what lies apart then is something else."""
+
+GROUP_MARGIN, GROUP_SHARE = 0.25, 2.0 / 3.0
+"""How much is seen around a group of thin classes, and its look's share in them beside the look at all classes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AutoOptions:
@@ -52,6 +77,9 @@ class AutoOptions:
     subject: str = "checked"
     """``checked``: in single pictures of one class, the subject parted from the background by its intensity stands in
     for a transfer that contradicts it, where human labels are the subject; ``off``: never."""
+    alignment: str = "on"
+    """``on``: supports are bent onto a volume by what a first look finds there, scans of different parts of the body
+    are brought to what they share, and thin classes have a nearer look in groups; ``off``: places count as they are."""
     decoder: str = "checked"
     """As in `TransferOptions`."""
     check_slices: int = 24
@@ -64,6 +92,8 @@ class AutoOptions:
             raise ValueError(f"zoom={self.zoom}: choose on or off")
         if self.intensities not in ("checked", "as they are"):
             raise ValueError(f"intensities={self.intensities}: choose checked or as they are")
+        if self.alignment not in ("on", "off"):
+            raise ValueError(f"alignment={self.alignment}: choose on or off")
         if self.subject not in ("checked", "off"):
             raise ValueError(f"subject={self.subject}: choose checked or off")
         self.transfer_options()
@@ -82,7 +112,9 @@ class Auto:
     labelled along all three axes; anisotropic ones and pictures along one, but at two margins. Where the first
     transfer finds nothing, or the labels fill the slices anyway, whole slices are taken. A query of another contrast
     than the supports' is brought to theirs before (`contrast_like`). Close-ups that do worse than whole slices on
-    labelled cases, each patient left out in turn, are left out. Needs no video memory.
+    labelled cases, each patient left out in turn, are left out. In volumes the supports are bent onto what the first
+    transfer found (`bend`), so that places mean anatomy, and classes too thin for a look at all of them together have
+    nearer ones in groups. Needs no video memory.
     """
 
     name: ClassVar[str] = "auto"
@@ -110,6 +142,10 @@ class Auto:
             self._subject_dice = subject_dice(supports, class_values[0])
         axes = sorted({axis for support in supports for axis in self._axes(support)})
         own = sorted({support.frames.slice_axis for support in supports})
+        if all(self._aligns(support) for support in supports):
+            scans = [self._scan(s) for s in supports]
+            if bodies_correspond(scans, supports, class_values):
+                supports = [self._parts.cut(s, scan.body, backend) for s, scan in zip(supports, scans, strict=True)]
         near = self._close_ups(supports, axes, class_values, backend)
         record = self._whole.prepare(supports, class_values, backend, axes=own if near else axes)
         for margin, parts in near.items():
@@ -160,6 +196,28 @@ class Auto:
         backend: Sam2Backend,
         rng: np.random.Generator,
     ) -> Iterator[Member]:
+        """Look at what query and supports both show of the body, then put the members back on the query's grid."""
+        if not self._aligns(query):
+            yield from self._nearer(query, supports, class_values, backend, rng, ground=None)
+            return
+        ground = common_ground(query, supports, [self._scan(support) for support in supports], class_values)
+        parts = [self._parts.cut(support, box, backend) for support, box in zip(supports, ground.supports, strict=True)]
+        whole = is_whole(ground.query, query.geometry.shape_zyx)
+        part = query if whole else close_up(query, ground.query, backend)
+        for member in self._nearer(part, parts, class_values, backend, rng, ground=ground):
+            member = replace(member, record=_moved({**member.record, "ground": ground.record}, ground.query.start_zyx))
+            yield member if whole else put_back(member, ground.query, query)
+
+    def _nearer(
+        self,
+        query: Query,
+        supports: Sequence[Support],
+        class_values: tuple[int, ...],
+        backend: Sam2Backend,
+        rng: np.random.Generator,
+        *,
+        ground: Ground | None,
+    ) -> Iterator[Member]:
         axes, given = self._axes(query), (supports, class_values, backend, rng)
         own = scans_of(query, self._patients)
         near = {
@@ -167,28 +225,90 @@ class Auto:
             for margin, parts in self._close_ups(supports, axes, class_values, backend).items()
             if self._helps(margin, axes[0], class_values, without=own)
         }
-        first = list(self._whole.members(query, *given, axes=axes[:1]))
-        where_zyx = _where(first, supports, class_values) if near else None
+        start = None if ground is None else Aligned(supports=supports, alignments=ground.alignments, query=query)
+        shifted = start if ground is not None and ground.shift_mm is not None else None
+        places = None if shifted is None else shifted.whole()
+        first = list(self._whole.members(query, *given, axes=axes[:1], places=places))
+        seen = self._seen(first, supports, class_values)
+        bent = None if start is None or not seen.label_zyx.any() else start.bent(seen, class_values)
+        where_zyx = _where(seen, supports, class_values) if near else None
+        del seen
         boxes = {} if where_zyx is None else {margin: box_around(where_zyx, margin=margin) for margin in near}
-        shares = []
+        shares: list[float] = []
+        looks: list[Member] = []
         for margin, box in boxes.items():
             share = 1.0 if box is None else box.share_of_slice(query.geometry.shape_zyx, axes[0])
             if box is None or share > LARGEST_OF_ONE_VIEW:
                 continue
             shares.append(share)
-            part = close_up(query, box, backend)
-            for member in self._near(margin).members(part, near[margin], class_values, backend, rng, axes=axes):
-                record = {"margin": margin, "box_zyx": [list(box.start_zyx), list(box.stop_zyx)], **member.record}
-                name = f"{self.name}:{member.name}, margin {margin:g}"
-                yield put_back(replace(member, name=name, record=record), box, query)
+            views, parts = self._near(margin), near[margin]
+            for member in self._look(views, query, box, parts, bent, axes, class_values, backend, rng):
+                record = {"margin": margin, **member.record}
+                member = replace(member, name=f"{self.name}:{member.name}, margin {margin:g}", record=record)
+                looks.append(put_back(member, box, query))
         if shares and min(shares) > LITTLE_NEARER:
-            for member in first:
-                weight_k = np.full(len(class_values), float(len(shares)))
-                yield replace(member, name=f"{self.name}:{member.name}", weight_k=weight_k)
-        if not shares:
-            others = self._whole.members(query, *given, axes=axes[1:])
-            for member in chain(first, others):
-                yield replace(member, name=f"{self.name}:{member.name}")
+            weight_k = np.full(len(class_values), float(len(shares)))
+            looks += [replace(member, name=f"{self.name}:{member.name}", weight_k=weight_k) for member in first]
+        if not shares and bent is None:
+            others = self._whole.members(query, *given, axes=axes[1:], places=places)
+            looks += [replace(member, name=f"{self.name}:{member.name}") for member in chain(first, others)]
+        elif not shares and bent is not None:
+            # The labels fill what is seen already: a second look at all of it, by supports that are bent onto it.
+            again = self._whole.members(query, *given, axes=axes, places=bent.whole(), weights=NEAR)
+            looks += [replace(member, name=f"{self.name}:{member.name}") for member in again]
+        del first
+        if bent is not None and self._options.zoom == "on":
+            largest = near[max(near)] if near else supports
+            looks = self._with_groups(looks, largest, bent, axes, class_values, backend, rng)
+        yield from looks
+
+    def _look(
+        self,
+        views: Views,
+        query: Query,
+        box: Box,
+        parts: Sequence[Support],
+        bent: Aligned | None,
+        axes: Sequence[int],
+        class_values: tuple[int, ...],
+        backend: Sam2Backend,
+        rng: np.random.Generator,
+    ) -> Iterator[Member]:
+        """Yield the members of one close-up, on its own grid."""
+        places, weights = (None, None) if bent is None else (bent.within(parts, self._parts, box), NEAR)
+        part = close_up(query, box, backend)
+        for member in views.members(part, parts, class_values, backend, rng, axes=axes, places=places, weights=weights):
+            bounds = [list(box.start_zyx), list(box.stop_zyx)]
+            yield replace(member, record={"box_zyx": bounds, "supports_bent": bent is not None, **member.record})
+
+    def _with_groups(
+        self,
+        looks: list[Member],
+        parts: Sequence[Support],
+        bent: Aligned,
+        axes: Sequence[int],
+        class_values: tuple[int, ...],
+        backend: Sam2Backend,
+        rng: np.random.Generator,
+    ) -> list[Member]:
+        """Return the members with a nearer look, along one axis, at each group of thin classes read into them."""
+        groups = thin_groups(parts, class_values)
+        if not groups:
+            return looks
+        label_zyx = self._seen(looks, bent.supports, class_values).label_zyx
+        records: list[dict[str, Any]] = []
+        for values in groups:
+            found_zyx = np.isin(label_zyx, values)
+            box = expected_box(values, bent.supports, bent.alignments, found_zyx, margin=GROUP_MARGIN)
+            near = self._parts.of(bent.supports, values, backend, margin=GROUP_MARGIN, largest=1.0)
+            if box is None or not near:
+                continue
+            at = [class_values.index(value) for value in values]
+            for nearer in self._look(self._thin, bent.query, box, near, bent, axes[:1], class_values, backend, rng):
+                looks = [read_in(member, nearer, box, at, GROUP_SHARE) for member in looks]
+                records.append({"classes": list(values), "box_zyx": nearer.record["box_zyx"], "share": GROUP_SHARE})
+        looks = [replace(member, record={**member.record, "groups": records}) for member in looks]
+        return at_even_odds(looks, class_values, rough=[value for values in groups for value in values])
 
     def _axes(self, case: Query | Support) -> tuple[int, ...]:
         own = case.frames.slice_axis
@@ -223,12 +343,40 @@ class Auto:
         self._patients = {}
         self._by_margin: dict[float, Views] = {}
         self._parts = CloseUps()
+        # Supports are kept beside what is known of them, so that their ids cannot be taken over by others.
+        self._scans: dict[int, tuple[Support, Scan]] = {}
+        self._single: dict[tuple[int, ...], tuple[tuple[Support, ...], tuple[int, ...]]] = {}
+        self._thin = Views(replace(self._options.transfer_options(), decoder="off", check_slices=0))
+
+    def _aligns(self, case: Query | Support) -> bool:
+        return self._options.alignment == "on" and len(case.frames) >= LEAST_SLICES
+
+    def _seen(self, members: Sequence[Member], supports: Sequence[Support], class_values: Sequence[int]) -> PseudoLabel:
+        """Return what members make of a query so far."""
+        key = tuple(id(support) for support in supports)
+        if key not in self._single:
+            single = single_component_classes([support.label_zyx for support in supports], class_values)
+            self._single[key] = tuple(supports), single
+        return fuse(members, tuple(class_values), FusionOptions(single_component_classes=self._single[key][1]))
+
+    def _scan(self, support: Support) -> Scan:
+        if id(support) not in self._scans:
+            self._scans[id(support)] = support, Scan.of(support.frames, support.embeddings)
+        return self._scans[id(support)][1]
 
 
-def _where(members: Sequence[Member], supports: Sequence[Support], class_values: tuple[int, ...]) -> np.ndarray:
+def _where(found: PseudoLabel, supports: Sequence[Support], class_values: tuple[int, ...]) -> np.ndarray:
     """Return where a first transfer has found the classes, bool."""
-    single = single_component_classes([support.label_zyx for support in supports], class_values)
-    found = fuse(members, class_values, FusionOptions(single_component_classes=single))
     shown = [set(np.unique(support.label_zyx).tolist()) & set(class_values) for support in supports]
     always = set(class_values).intersection(*(values for values in shown if values))
     return labelled_part(found.label_zyx, found.prob_czyx, class_values, expected=always)
+
+
+def _moved(record: dict[str, Any], start_zyx: Sequence[int]) -> dict[str, Any]:
+    """Return a record of a part that begins at ``start_zyx`` with its boxes in voxels of the whole."""
+    moved = dict(record)
+    if "box_zyx" in record:
+        moved["box_zyx"] = [[a + b for a, b in zip(end, start_zyx, strict=True)] for end in record["box_zyx"]]
+    if "groups" in record:
+        moved["groups"] = [_moved(group, start_zyx) for group in record["groups"]]
+    return moved

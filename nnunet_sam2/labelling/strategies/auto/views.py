@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from nnunet_sam2.labelling.member import Member
+from nnunet_sam2.labelling.strategies.transfer.memory import Place
 from nnunet_sam2.labelling.strategies.transfer.strategy import Transfer, TransferOptions
 from nnunet_sam2.sam2.protocol import Sam2Backend
 from nnunet_sam2.support.cases import Query, Support
@@ -16,6 +18,9 @@ from nnunet_sam2.support.cases import Query, Support
 ENTRIES, LEAST_SLICES = 16384, 40
 """Support locations that a slice of a view is compared with, and the slices that they make up at least: with more of
 them labels of hippocampus (three supports) stay the same to the third decimal of Dice, at half the search's time."""
+
+PlacesAlong = Callable[[int], Sequence[torch.Tensor]]
+"""Takes a slice axis; returns for each support where its cells lie in the query, as `Alignment.cells` does."""
 
 
 def entries_at_most(options: TransferOptions, locations: int) -> int:
@@ -58,12 +63,18 @@ class Views:
         rng: np.random.Generator,
         *,
         axes: Sequence[int],
+        places: PlacesAlong | None = None,
+        weights: Place | None = None,
     ) -> Iterator[Member]:
-        """Yield one member an axis, named by it."""
+        """Yield one member an axis, named by it; for ``places`` and ``weights`` see `Transfer.members`."""
         self._bound(supports)
         for axis in axes:
             seen = self._supports_along(supports, axis, backend)
-            for member in self._transfer(axis).members(_along(query, axis, backend), seen, class_values, backend, rng):
+            along = _along(query, axis, backend)
+            placed = None if places is None else places(axis)
+            for member in self._transfer(axis).members(
+                along, seen, class_values, backend, rng, places=placed, weights=weights
+            ):
                 yield replace(member, name=f"axis {axis}", record={"view": axis, **member.record})
 
     def checked_dice(

@@ -112,12 +112,32 @@ def put_back(member: Member, box: Box, query: Query) -> Member:
     return replace(member, prob_kzyx=prob_kzyx, background_zyx=background_zyx)
 
 
+def is_whole(box: Box, shape_zyx: Sequence[int]) -> bool:
+    """Say whether a box bounds a whole volume."""
+    return box.start_zyx == (0, 0, 0) and box.stop_zyx == tuple(shape_zyx)
+
+
 class CloseUps:
-    """Offer supports as what their labels fill, the same objects every time, so that their memory is built once."""
+    """Offer parts of supports, the same objects every time, so that their memory is built once."""
 
     def __init__(self) -> None:
         # A support is kept beside its part, so that its id cannot be taken over by another.
-        self._parts: dict[tuple[int, float], tuple[Support, Support]] = {}
+        self._parts: dict[tuple[int, Box], tuple[Support, Support]] = {}
+        self._boxes: dict[int, Box] = {}
+
+    def cut(self, support: Support, box: Box, backend: Sam2Backend) -> Support:
+        """Return the part of a support within a box; the support itself where that is all of it."""
+        key = (id(support), box)
+        if key not in self._parts:
+            whole = is_whole(box, support.geometry.shape_zyx)
+            part = support if whole else close_up(support, box, backend)
+            self._parts[key] = support, part
+            self._boxes[id(part)] = box
+        return self._parts[key][1]
+
+    def box_of(self, part: Support) -> Box:
+        """Return the box that a part was cut by."""
+        return self._boxes[id(part)]
 
     def of(
         self,
@@ -128,7 +148,7 @@ class CloseUps:
         margin: float,
         largest: float,
     ) -> list[Support]:
-        """Return the close-ups of the supports that show a class; none where they would hardly be nearer.
+        """Return what the labels fill of the supports that show a class; none where they would hardly be nearer.
 
         That is where the boxes' median share of the slice's area is above ``largest``.
         """
@@ -137,10 +157,4 @@ class CloseUps:
         shares = [box.share_of_slice(s.geometry.shape_zyx, s.frames.slice_axis) for s, box in shown]
         if not shares or float(np.median(shares)) > largest:
             return []
-        near = []
-        for support, box in shown:
-            key = (id(support), margin)
-            if key not in self._parts:
-                self._parts[key] = (support, close_up(support, box, backend))
-            near.append(self._parts[key][1])
-        return near
+        return [self.cut(support, box, backend) for support, box in shown]

@@ -5,6 +5,7 @@ Shape letters: N slices, P locations of a slice, M locations of several, F featu
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -78,6 +79,26 @@ class SupportMemory:
         self._indices: dict[Place, ApproximateNearest] = {}
         self._latest: tuple[tuple[int, ...], torch.Tensor, torch.Tensor] | None = None
         self._counts: dict[int, int] = {}
+        self._places_np3: torch.Tensor | None = None
+        self._depth_weight = 1.0
+
+    def placed(self, places_np3: Sequence[torch.Tensor], depth_weight: float) -> SupportMemory:
+        """Return the memory with its locations elsewhere: (N, P, 3) for each support, e.g. where they lie in a query.
+
+        Slices are chosen by their mean depth, whose difference counts by the factor ``depth_weight``. Features and
+        labels are the same objects, so that this costs nothing.
+        """
+        view = copy.copy(self)
+        view._places_np3 = torch.cat(list(places_np3))
+        view._depth_n = view._places_np3[..., 2].mean(dim=1)
+        view._depth_weight = depth_weight
+        view._latest = None
+        return view
+
+    @property
+    def is_placed(self) -> bool:
+        """Say whether locations lie elsewhere than in their own volumes."""
+        return self._places_np3 is not None
 
     def choose(
         self, descriptor_f: torch.Tensor, depth: float, entries: int, *, without: Set[int] = frozenset()
@@ -87,7 +108,7 @@ class SupportMemory:
         As many as have ``entries`` locations together, at least one. ``without`` leaves out supports by their places
         in the list.
         """
-        score_n = self._descriptors_nf @ descriptor_f - (self._depth_n - depth).square()
+        score_n = self._descriptors_nf @ descriptor_f - (self._depth_weight * (self._depth_n - depth)).square()
         if without:
             score_n[torch.tensor([s in without for s, _ in self._origin])] = -torch.inf
         allowed = int(torch.isfinite(score_n).sum())
@@ -103,6 +124,8 @@ class SupportMemory:
         if self._latest is None or self._latest[0] != key:
             parts = [self._slice(number) for number in key]
             features_mf = torch.cat([features for features, _ in parts])
+            if self._places_np3 is not None:
+                features_mf[:, -3:] = torch.cat([self._places_np3[number][self._kept(number)] for number in key])
             self._latest = (key, features_mf, torch.cat([labels for _, labels in parts]))
         return self._latest[1:]
 
@@ -187,7 +210,7 @@ class SupportMemory:
         if found is None:
             s, n = self._origin[number]
             _, parent_pc = self._slice(number)
-            kept = self._judged(number).sum(dim=1) >= LEAST_JUDGED
+            kept = self._kept(number)
             labels_p4c = into_quarters(torch.from_numpy(self._soft_half_labels(s)[n]))[kept]
             judged_p41 = labels_p4c.sum(dim=2, keepdim=True)
             # A quarter that nobody has judged takes what was judged in its cell.
@@ -205,6 +228,9 @@ class SupportMemory:
     def _judged(self, number: int) -> torch.Tensor:
         s, n = self._origin[number]
         return torch.from_numpy(self._soft_labels(s)[n].reshape(len(self._class_values) + 1, -1).T.copy())
+
+    def _kept(self, number: int) -> torch.Tensor:
+        return self._judged(number).sum(dim=1) >= LEAST_JUDGED
 
     def _count(self, number: int) -> int:
         """Return how many rows a slice has; kept, for its rows themselves may have been let go."""

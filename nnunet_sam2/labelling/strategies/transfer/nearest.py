@@ -86,7 +86,9 @@ def snap_to_edges(prob_chw: torch.Tensor, image_hw: torch.Tensor, *, radius: int
     of all windows over a pixel are averaged: the guided filter (He, Sun, Tang, TPAMI 2013). ``softness`` is the
     variance of intensity (0 to 1, squared) below which a window counts as flat and is averaged instead.
     """
-    guide, prob = image_hw[None, None], prob_chw[:, None]
+    # What a slice has nothing of stays nothing; of many classes that is most of them, and most of the work.
+    shown_c = prob_chw.flatten(1).any(dim=1)
+    guide, prob = image_hw[None, None], prob_chw[shown_c][:, None]
     mean_i, mean_p = _box(guide, radius), _box(prob, radius)
     covariance = _box(guide * prob, radius) - mean_i * mean_p
     variance = _box(guide * guide, radius) - mean_i * mean_i
@@ -94,7 +96,9 @@ def snap_to_edges(prob_chw: torch.Tensor, image_hw: torch.Tensor, *, radius: int
     offset = mean_p - slope * mean_i
     fitted = (_box(slope, radius) * guide + _box(offset, radius))[:, 0].clamp_min(0.0)
     total_hw = fitted.sum(dim=0).clamp_min(1e-6)
-    return fitted * (prob_chw.sum(dim=0) / total_hw)
+    snapped_chw = torch.zeros_like(prob_chw)
+    snapped_chw[shown_c] = fitted * (prob_chw.sum(dim=0) / total_hw)
+    return snapped_chw
 
 
 def _box(planes_c1hw: torch.Tensor, radius: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ from nnunet_sam2.labelling.prompting.decoding import PromptKinds, decode_map, pu
 from nnunet_sam2.labelling.slice_check import SliceDice, check_slices
 from nnunet_sam2.labelling.strategies.transfer.ballots import Ballots
 from nnunet_sam2.labelling.strategies.transfer.index import require_faiss
-from nnunet_sam2.labelling.strategies.transfer.memory import SupportMemory, slice_descriptors, slice_features
+from nnunet_sam2.labelling.strategies.transfer.memory import Place, SupportMemory, slice_descriptors, slice_features
 from nnunet_sam2.labelling.strategies.transfer.recipe import (
     NEIGHBOURS,
     Recipe,
@@ -170,13 +170,24 @@ class Transfer:
         class_values: tuple[int, ...],
         backend: Sam2Backend,
         rng: np.random.Generator,
+        *,
+        places: Sequence[torch.Tensor] | None = None,
+        weights: Place | None = None,
     ) -> Iterator[Member]:
-        """Yield the one member; see `Strategy.members`. Nothing is drawn from ``rng``."""
+        """Yield the one member; see `Strategy.members`. Nothing is drawn from ``rng``.
+
+        ``places`` say for each support where its cells lie in the query, (N, P, 3); see `Alignment.cells`. ``weights``
+        stand for the recipes' weights of position.
+        """
         if not supports:
             raise InputError(f"case {query.case_id} has no support to take labels from")
         memory = self._memory_of(supports, class_values)
         own = scans_of(query, self._patients)
         recipes = self._recipes(supports[0], class_values, without=own)
+        if weights is not None:
+            recipes = list(dict.fromkeys(replace(recipe, **asdict(weights)) for recipe in recipes))
+        if places is not None:
+            memory = memory.placed(places, max(recipe.slice_weight for recipe in recipes))
         choices = best_choices(self._decoder_rows, class_values, default="map", without=own)
         shares = {k: _SHARES[choices[value]] for k, value in enumerate(class_values)}
         descriptors_nf = slice_descriptors(query.embeddings)
@@ -236,7 +247,7 @@ class Transfer:
     ) -> dict[Recipe, torch.Tensor]:
         """Return the soft map of one slice by each recipe, (C, h, w), summing to one."""
         # An index holds every support, so that those left out have to be searched around; that is only for checks.
-        indexed = not without and 0 < self._options.index_above < memory.locations
+        indexed = not without and not memory.is_placed and 0 < self._options.index_above < memory.locations
         if indexed:
             chosen: Sequence[int] = memory.slices
             memory_mf, labels_mc = memory.all_rows()
