@@ -209,7 +209,7 @@ def _several_views(options: RunOptions) -> bool:
 
 def memory_entries(options: RunOptions, image_size: int) -> int | None:
     """Return how many support locations the strategy compares a slice with at most; None where it knows no limit."""
-    from nnunet_sam2.labelling.strategies.auto.strategy import AutoOptions
+    from nnunet_sam2.labelling.strategies.auto.options import AutoOptions
     from nnunet_sam2.labelling.strategies.auto.views import entries_at_most
     from nnunet_sam2.labelling.strategies.transfer.strategy import TransferOptions
 
