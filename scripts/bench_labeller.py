@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from bench_data import PROJECT
 from labeller_bench.auto_part import auto_table, measure_auto
+from labeller_bench.classes_part import classes_table, measure_classes
 from labeller_bench.growth_part import ceiling_table, growth_table, measure_ceiling, measure_growth
 from labeller_bench.insert_part import insert_table, measure_insert
 from labeller_bench.lpips_part import lpips_table, measure_lpips
@@ -82,6 +83,10 @@ def _memory(args: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
     return {**_on_machine(args), "strategies": measure_memory(args.threads)}
 
 
+def _classes(args: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
+    return {**_on_machine(args), "rows": measure_classes(args.threads)}
+
+
 def _growth(args: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
     return {**_on_machine(args), "growth": measure_growth(args.threads)}
 
@@ -139,6 +144,7 @@ PARTS: dict[str, tuple[Measure, Callable[[dict[str, Any]], str]]] = {
     "lpips": (_lpips, lpips_table),
     "memory": (_memory, memory_table),
     "growth": (_growth, growth_table),
+    "classes": (_classes, classes_table),
 }
 
 if __name__ == "__main__":
