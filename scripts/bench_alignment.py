@@ -20,7 +20,8 @@ from bench_sets import SETS, draw_cases, load_case
 from marked_table import replace_marked
 from methods_bench.cells import table
 
-from nnunet_sam2.labelling.strategies.auto.field_of_view import Scan, place_along_axis, shared_axis
+from nnunet_sam2.labelling.strategies.auto.field_of_view import place_along_axis, shared_axis
+from nnunet_sam2.labelling.strategies.auto.scan import Scan
 from nnunet_sam2.sam2.backend import load_backend
 from nnunet_sam2.storage import read_json, write_json
 from nnunet_sam2.support.cases import Support

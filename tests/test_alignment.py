@@ -19,14 +19,9 @@ from nnunet_sam2.labelling.registry import make_strategy
 from nnunet_sam2.labelling.strategies.auto.alignment import Alignment, Part
 from nnunet_sam2.labelling.strategies.auto.bending import Aligned
 from nnunet_sam2.labelling.strategies.auto.even_odds import at_even_odds, best_threshold
-from nnunet_sam2.labelling.strategies.auto.field_of_view import (
-    Scan,
-    bodies_correspond,
-    body_box,
-    place_along_axis,
-    shared_axis,
-)
+from nnunet_sam2.labelling.strategies.auto.field_of_view import place_along_axis, shared_axis
 from nnunet_sam2.labelling.strategies.auto.groups import expected_box, read_in, thin_groups
+from nnunet_sam2.labelling.strategies.auto.scan import Scan, bodies_correspond, body_box
 from nnunet_sam2.labelling.strategies.auto.zoom import Box
 from nnunet_sam2.labelling.strategies.transfer.memory import Place, SupportMemory, slice_descriptors, slice_features
 from nnunet_sam2.sam2.backend import MetaSam2Backend, load_backend

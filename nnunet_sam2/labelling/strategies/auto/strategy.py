@@ -16,16 +16,11 @@ from nnunet_sam2.labelling.leave_one_out import dice_by_class, patients_by_case,
 from nnunet_sam2.labelling.member import Member, PseudoLabel
 from nnunet_sam2.labelling.strategies.auto.bending import Aligned
 from nnunet_sam2.labelling.strategies.auto.even_odds import at_even_odds
-from nnunet_sam2.labelling.strategies.auto.field_of_view import (
-    LEAST_SLICES,
-    Ground,
-    Scan,
-    bodies_correspond,
-    common_ground,
-)
+from nnunet_sam2.labelling.strategies.auto.field_of_view import LEAST_SLICES, Ground, common_ground
 from nnunet_sam2.labelling.strategies.auto.groups import expected_box, read_in, thin_groups
 from nnunet_sam2.labelling.strategies.auto.intensity import contrast_like
 from nnunet_sam2.labelling.strategies.auto.options import AutoOptions
+from nnunet_sam2.labelling.strategies.auto.scan import Scan, bodies_correspond
 from nnunet_sam2.labelling.strategies.auto.subject import (
     may_be_subject,
     subject_dice,
