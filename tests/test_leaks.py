@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -113,7 +114,52 @@ def _add_a_label(root: Path, cohort: Cohort) -> str:
     return r"more\.nii\.gz is not in"
 
 
-@pytest.mark.parametrize("change", [_swap_in_test_image, _add_test_image, _change_a_label, _lose_a_label, _add_a_label])
+def _swap_labels_in_dataset_json(root: Path, cohort: Cohort) -> str:
+    value = json.loads((root / "dataset.json").read_text())
+    one, two = (name for name in value["labels"] if name != "background")
+    value["labels"][one], value["labels"][two] = value["labels"][two], value["labels"][one]
+    (root / "dataset.json").write_text(json.dumps(value))
+    return r"dataset\.json: labels is .*, cohort\.json says"
+
+
+def _make_it_ct(root: Path, cohort: Cohort) -> str:
+    value = json.loads((root / "dataset.json").read_text())
+    (root / "dataset.json").write_text(json.dumps({**value, "channel_names": {"0": "CT"}}))
+    return r"dataset\.json: channel_names is .*CT.*, cohort\.json says .*MR"
+
+
+def _have_another_reader(root: Path, cohort: Cohort) -> str:
+    value = json.loads((root / "dataset.json").read_text())
+    (root / "dataset.json").write_text(json.dumps({**value, "overwrite_image_reader_writer": "NibabelIO"}))
+    return r"dataset\.json: overwrite_image_reader_writer is .*NibabelIO"
+
+
+def _add_a_field(root: Path, cohort: Cohort) -> str:
+    value = json.loads((root / "dataset.json").read_text())
+    (root / "dataset.json").write_text(json.dumps({**value, "later": 1}))
+    return r"dataset\.json was changed since the dataset was made"
+
+
+def _lose_dataset_json(root: Path, cohort: Cohort) -> str:
+    (root / "dataset.json").unlink()
+    return r"dataset\.json is missing"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _swap_in_test_image,
+        _add_test_image,
+        _change_a_label,
+        _lose_a_label,
+        _add_a_label,
+        _swap_labels_in_dataset_json,
+        _make_it_ct,
+        _have_another_reader,
+        _add_a_field,
+        _lose_dataset_json,
+    ],
+)
 def test_a_dataset_that_was_changed_after_converting_is_refused(
     change: Callable[[Path, Cohort], str], fresh_dataset: DatasetFolders
 ) -> None:

@@ -26,7 +26,7 @@ from nnunet_sam2.rounds import lock as locks
 from nnunet_sam2.rounds.context import RunContext
 from nnunet_sam2.rounds.decisions.record import Decision, DecisionFile, decisions_path, read_decisions, standing
 from nnunet_sam2.rounds.device_memory import on_cpu_if_full
-from nnunet_sam2.rounds.ledger import BACKUP_FILE, LEDGER_FILE, Ledger, StageResult, read_events
+from nnunet_sam2.rounds.ledger import BACKUP_FILE, HASH, LEDGER_FILE, PREVIOUS, Ledger, StageResult, read_events
 from nnunet_sam2.rounds.lock import OWNER_FILE, Owner, in_use, only_run
 from nnunet_sam2.rounds.nnunet.base import only_writer
 from nnunet_sam2.rounds.options import RunOptions
@@ -41,9 +41,12 @@ RUN = ["run", "-d", "501", "--sam2", "untrained", "--image-size", "64", "--devic
 def _line(ledger: Path, number: int, **changes: object) -> None:
     """Change fields of one event of a ledger by hand; None takes the field out."""
     lines = ledger.read_text().splitlines()
-    event = {**json.loads(lines[number]), **changes}
-    lines[number] = json.dumps({name: value for name, value in event.items() if value is not None})
-    ledger.write_text("\n".join(lines) + "\n")
+    events = [json.loads(line) for line in lines]
+    events[number] = {name: value for name, value in {**events[number], **changes}.items() if value is not None}
+    # as an earlier version wrote them, without hashes
+    events = [{name: value for name, value in event.items() if name not in (HASH, PREVIOUS)} for event in events]
+    ledger.write_text("".join(json.dumps(event) + "\n" for event in events))
+    ledger.with_name(BACKUP_FILE).unlink(missing_ok=True)
 
 
 @pytest.fixture

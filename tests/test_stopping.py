@@ -133,3 +133,32 @@ def test_an_event_loop_lets_the_signal_pass_while_it_serves_a_connection() -> No
 
     with pytest.raises(Stopped), stoppable(lambda stopped: None):
         wasyncore.read(Connection())
+
+
+LINGERS = """
+            import atexit, threading
+            atexit.register(time.sleep, 60)
+            threading.Thread(target=time.sleep, args=(60,)).start()
+            print("ready", flush=True); time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("reader_gone_to_sleep", [False, True])
+def test_nothing_that_lingers_after_the_last_word_is_waited_for(reader_gone_to_sleep: bool) -> None:
+    code = COMMAND.replace("{work}", LINGERS.strip()).replace(
+        'cli.main(["status"])', '(sys.argv.__setitem__(slice(1, None), ["status"]), cli.main())[1]'
+    )
+    if reader_gone_to_sleep:  # the pipe of its last word is full
+        fill = "import fcntl, os; os.set_blocking(2, False)\ntry:\n    while True: os.write(2, b'x')\n"
+        code = f"{fill}except BlockingIOError: os.set_blocking(2, True)\n" + code
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    try:
+        assert process.wait(timeout=10) == 143
+    finally:
+        process.kill()
+    assert time.monotonic() - started < 5
+    assert ("go on with" in process.communicate()[1]) is not reader_gone_to_sleep

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from nnunet_sam2 import __version__
 from nnunet_sam2.errors import DISK_REFUSALS, NnunetSam2Error, describe_os_error
-from nnunet_sam2.stopping import Stopped, stoppable
+from nnunet_sam2.stopping import Stopped, end_now, last_word, stoppable
 
 # name -> (module under nnunet_sam2.cli, help). A module offers add_arguments(parser) and run(args) -> int and is
 # imported only when its name is called for: --help must answer without torch.
@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say_error(args.command, str(error))
         return error.exit_status
     except Stopped as stopped:
-        say_last(stopped)
+        last_word(say_last, stopped)
+        if argv is None:  # the process is this command's own, and nothing after the last word may wait
+            end_now(stopped.exit_status)
         return stopped.exit_status
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _is_read_no_further():

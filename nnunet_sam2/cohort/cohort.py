@@ -173,6 +173,8 @@ class Cohort:
     cases: tuple[Case, ...]
     provenance: dict[str, Any]
     """How the cohort was made: source, layout, options, seed."""
+    dataset_hash: str | None = None
+    """sha256 of ``dataset.json`` as it was written; None in a cohort of an earlier version."""
 
     def with_role(self, role: Role) -> tuple[Case, ...]:
         """Return the cases of one role, in cohort order."""
@@ -251,6 +253,7 @@ class Cohort:
                 "regions_class_order": self.regions_class_order and list(self.regions_class_order),
                 "file_ending": self.file_ending,
                 "provenance": self.provenance,
+                **({"dataset_hash": self.dataset_hash} if self.dataset_hash else {}),
                 "cases": [case.to_json() for case in self.cases],
             },
         )
@@ -275,6 +278,7 @@ class Cohort:
                 file_ending=str(value["file_ending"]),
                 cases=tuple(Case.from_json(case) for case in value["cases"]),
                 provenance=dict(value["provenance"]),
+                dataset_hash=str(value["dataset_hash"]) if value.get("dataset_hash") else None,
             )
         except KeyError as error:
             raise InputError(f"{path} lacks the field {error}; {_WAY_OUT}") from None

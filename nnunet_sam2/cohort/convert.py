@@ -21,7 +21,7 @@ from nnunet_sam2.cohort.names import checked_case_id
 from nnunet_sam2.cohort.patients import EACH_ITS_OWN, patients_of
 from nnunet_sam2.cohort.roles import choose_cases
 from nnunet_sam2.cohort.unpacked import in_users_words, source_folder
-from nnunet_sam2.cohort.write import choose_ending, write_dataset
+from nnunet_sam2.cohort.write import DATASET_FILE, choose_ending, write_dataset
 from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.files.repairs import STRICT, ReadPolicy
 from nnunet_sam2.folders import DatasetFolders
@@ -161,10 +161,11 @@ def _convert_folder(
                 policy=options.policy,
                 annotated=annotated,
             )
-            dataclasses.replace(cohort, root=temporary, cases=entries).save()
+            cohort = dataclasses.replace(cohort, cases=entries, dataset_hash=file_hash(temporary / DATASET_FILE))
+            dataclasses.replace(cohort, root=temporary).save()
     except OSError as error:
         raise StageError(f"{folders.raw} could not be written ({error}); nothing was left behind") from None
-    return dataclasses.replace(cohort, cases=entries)
+    return cohort
 
 
 def check_target(folders: DatasetFolders, *, overwrite: bool) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from nnunet_sam2.cohort.cohort import LABELLED_IMAGES, LABELS, Case, Cohort, Role
+from nnunet_sam2.cohort.write import DATASET_FILE, dataset_json
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.checks import is_image_file
-from nnunet_sam2.storage import file_hash
+from nnunet_sam2.storage import file_hash, read_json
+
+_MEANT_BY_NNUNET = ("regions_class_order", "overwrite_image_reader_writer", "dataset")
+"""Fields that change what nnU-Net reads, also where this package did not write them."""
 
 _WAY_OUT = "put the files back as they were, or convert the source again"
 
@@ -18,6 +23,7 @@ def check_unchanged(cohort: Cohort) -> None:
     A cohort of an earlier version knows no hashes of its files: there only the names are held against what is there.
     Raises `InputError`.
     """
+    _check_dataset_file(cohort)
     for case in cohort.cases:
         for name in (*case.images, *filter(None, (case.label, case.hidden_label))):
             _check_file(cohort, case, name)
@@ -29,6 +35,26 @@ def check_unchanged(cohort: Cohort) -> None:
                     f"{path} is not in {cohort.name}'s cohort.json{_whose(cohort, path)}, but nnU-Net would learn from "
                     "it; remove it, or convert the source with it"
                 )
+
+
+def _check_dataset_file(cohort: Cohort) -> None:
+    """Hold ``dataset.json``, which nnU-Net plans and trains by, against the cohort: by meaning, then by its bytes."""
+    path = cohort.root / DATASET_FILE
+    if not path.is_file():
+        raise InputError(f"{path} is missing; {_WAY_OUT}")
+    found = read_json(path)
+    wanted = dataset_json(cohort, len(cohort.as_planned().labelled))
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is no JSON object; {_WAY_OUT}")
+    for name in (*wanted, *_MEANT_BY_NNUNET):
+        # the order of a label table tells which region wins
+        if json.dumps(found.get(name)) != json.dumps(wanted.get(name)):
+            raise InputError(
+                f"{path}: {name} is {json.dumps(found.get(name)):.200}, cohort.json says "
+                f"{json.dumps(wanted.get(name)):.200}; {_WAY_OUT}"
+            )
+    if cohort.dataset_hash is not None and file_hash(path) != cohort.dataset_hash:
+        raise InputError(f"{path} was changed since the dataset was made; {_WAY_OUT}")
 
 
 def _check_file(cohort: Cohort, case: Case, name: str) -> None:

@@ -19,6 +19,7 @@ from nnunet_sam2.progress import track
 from nnunet_sam2.storage import file_hash, write_json
 from nnunet_sam2.volumes import read_label_as, read_stored_as, write_image, write_label
 
+DATASET_FILE = "dataset.json"
 VOLUME_ENDING = ".nii.gz"
 PICTURE_READER = "NaturalImage2DIO"
 
@@ -76,7 +77,7 @@ def write_dataset(
                 annotated=(annotated or {}).get(case.case_id),
             )
         )
-    write_json(root / "dataset.json", dataset_json(cohort, sum(role_of[c.case_id] is Role.LABELLED for c in checked)))
+    write_json(root / DATASET_FILE, dataset_json(cohort, sum(role_of[c.case_id] is Role.LABELLED for c in checked)))
     return tuple(cases)
 
 

@@ -2,7 +2,9 @@
 
 One JSON object a line. A stage is done when a ``done`` line says so, when its inputs hash to the same key as now, and
 when every file it wrote still has the hash that the line names; else it runs again. A line that a kill cut short is
-dropped at the next start; a line that lacks what it must hold is refused by line and field.
+dropped at the next start; a line that lacks what it must hold is refused by line and field. Each line holds its own
+hash and that of the line before, so that a changed, lost or moved line is seen; lines of an earlier version, which have
+none, are read as they are and are held by the first line that was written after them.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +31,9 @@ LEDGER_VERSION = 1
 
 RETRIED, REVIEWED = "retried", "review"
 """Events: a stage is tried once more; people's word is taken into a round."""
+
+HASH, PREVIOUS = "hash", "previous"
+"""Fields of a line: the hash of what else it holds, and that of the line before."""
 
 FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "run": {"options": dict},
@@ -57,14 +63,15 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     events: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
             event = json.loads(line)
-        except json.JSONDecodeError:
-            if number == len(lines):
+        except json.JSONDecodeError as error:
+            # A kill leaves the beginning of a line; a whole one with more behind it was not left by a kill.
+            if number == len(lines) and not error.msg.startswith("Extra data"):
                 break
             raise _damaged(path, number, "is not valid JSON") from None
         if not isinstance(event, dict):
@@ -76,8 +83,27 @@ def read_events(path: Path) -> list[dict[str, Any]]:
                 "continue with the version that wrote it, or start anew with --branch NAME"
             )
         _check_fields(path, number, event)
+        _check_chain(path, number, event, events)
         events.append(event)
     return events
+
+
+def _check_chain(path: Path, number: int, event: dict[str, Any], before: list[dict[str, Any]]) -> None:
+    if HASH not in event and PREVIOUS not in event and not (before and HASH in before[-1]):
+        return  # of an earlier version
+    if event.get(HASH) != _own_hash(event):
+        raise _damaged(path, number, f"({event['event']}) was changed since it was written")
+    if event.get(PREVIOUS) != _hash_before(before):
+        raise _damaged(path, number, f"({event['event']}) does not follow on what stands before it")
+
+
+def _own_hash(event: Mapping[str, Any]) -> str:
+    return value_hash({name: value for name, value in event.items() if name != HASH})
+
+
+def _hash_before(events: list[dict[str, Any]]) -> str:
+    """Return what the next line names as before it: the last line's hash, or that of all lines where they have none."""
+    return str(events[-1][HASH]) if events and HASH in events[-1] else value_hash(events)
 
 
 def _check_fields(path: Path, number: int, event: dict[str, Any]) -> None:
@@ -97,6 +123,29 @@ def _damaged(path: Path, number: int, what: str) -> InputError:
     return InputError(f"{path}, line {number}, {what}; {way_out}")
 
 
+def _refuse_lost_lines(folder: Path, events: list[dict[str, Any]]) -> None:
+    """Refuse to begin a run anew where it has lost its ledger, or to go on with one that ends before its backup."""
+    path, backup = folder / LEDGER_FILE, folder / BACKUP_FILE
+    try:
+        kept = read_events(backup)
+    except InputError:
+        kept = []
+    if kept and events[: len(kept)] != kept:
+        found = f"has {len(events)} entries" if events else "is empty" if path.is_file() else "is missing"
+        raise InputError(
+            f"{path} {found}, and {backup.name} has {len(kept)} that it does not begin with: the ledger was lost or "
+            f"exchanged, the run does not begin anew over what is finished; go on from the last start with: "
+            f"{shlex.join(['cp', str(backup), str(path)])}, or start anew beside it with --branch NAME"
+        )
+    rounds = [] if events else sorted(entry.name for entry in folder.glob("r[0-9][0-9]*") if entry.is_dir())
+    if rounds:
+        found = "is empty" if path.is_file() else "is missing"
+        raise InputError(
+            f"{path} {found}, but {', '.join(rounds)} of this run lie beside it, and there is no {backup.name}; "
+            "restore the ledger, or start anew beside it with --branch NAME"
+        )
+
+
 def artefact(folder: Path, name: str) -> Path:
     """Return the file that a ledger in ``folder`` names; by the names, as a link's target has other folders above."""
     return Path(os.path.normpath(folder / name))
@@ -112,6 +161,7 @@ class Ledger:
         self.before_stage: Callable[[str], None] = lambda stage: None
         """Called with a stage's name before it starts; what it raises keeps the stage from starting."""
         whole = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in self.events)
+        _refuse_lost_lines(folder, self.events)
         if self.path.is_file():
             written = self.path.read_bytes()
             if written.startswith(whole.encode()):
@@ -124,6 +174,8 @@ class Ledger:
     def append(self, event: str, **values: Any) -> dict[str, Any]:
         """Append one event and flush it to disk before returning it; raise `StageError` where that is not possible."""
         entry = {"version": LEDGER_VERSION, "event": event, "time": round(time.time(), 3), **values}
+        entry[PREVIOUS] = _hash_before(self.events)
+        entry[HASH] = _own_hash(json.loads(json.dumps(entry)))  # as it will be read
         size = self.path.stat().st_size if self.path.is_file() else 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
