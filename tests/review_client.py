@@ -49,9 +49,13 @@ class Client:
         kind = answer.headers.get("Content-Type", "")
         return answer.status, json.loads(text) if "json" in kind else text, dict(answer.headers)
 
-    def decide(self, case: str, decision: str, *classes: int, label: str | None = None) -> tuple[int, Any]:
-        label = label if label is not None else self.state()["cases"][case]["label"]
-        body = {"case": case, "decision": decision, "classes": list(classes), "label": label}
+    def decide(
+        self, case: str, decision: str, *classes: int, label: str | None = None, seen: int | None = None
+    ) -> tuple[int, Any]:
+        state = self.state()
+        label = label if label is not None else state["cases"][case]["label"]
+        seen = state["seen"] if seen is None else seen
+        body = {"case": case, "decision": decision, "classes": list(classes), "label": label, "seen": seen}
         return self.ask("POST", "decide", body=body)[:2]
 
     def state(self) -> Any:

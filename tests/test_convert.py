@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -368,3 +370,25 @@ def test_options_that_cannot_be_are_refused() -> None:
     for bad in ({"labelled": 0}, {"unlabelled": 0}, {"test_cases": -1}, {"channels": ("a", "a")}):
         with pytest.raises(InputError):
             ConvertOptions(**bad)  # type: ignore[arg-type]
+
+
+def test_a_second_convert_of_an_id_is_refused_while_the_first_is_at_work_and_a_dead_one_holds_nothing(
+    tmp_path: Path, fresh_roots: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, raw = _source(tmp_path / "source"), new_dataset_folders(7, "T").raw.parent
+    raw.mkdir(parents=True, exist_ok=True)
+    hold = (
+        "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
+        "print(1, flush=True); time.sleep(60)"
+    )
+    first = subprocess.Popen([sys.executable, "-c", hold, str(raw / ".Dataset007.lock")], stdout=subprocess.PIPE)
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline()
+        assert main(["convert", str(source), "-d", "7", "-n", "Other"]) == 2
+        assert "another convert is making dataset 7" in capsys.readouterr().err
+        assert not list(raw.glob("Dataset*"))
+    finally:
+        first.kill()
+        first.communicate()
+    _convert(source)

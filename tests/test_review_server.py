@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -208,7 +209,7 @@ def test_pictures_are_made_again_for_newer_labels_alone_and_decisions_do_not_wai
         page.start()
         assert begun.wait(20)
         label = reviewed.state()["cases"][first.case_id]["label"]
-        reviewed.decide(case_id=first.case_id, decision="reject", classes=[1], label=label)
+        reviewed.decide(case_id=first.case_id, decision="reject", classes=[1], label=label, seen=0)
         assert page.is_alive()
         go_on.set()
         page.join(20)
@@ -218,7 +219,7 @@ def test_pictures_are_made_again_for_newer_labels_alone_and_decisions_do_not_wai
 
 def test_a_request_of_another_page_or_under_another_name_decides_nothing(client: Client) -> None:
     label = client.state()["cases"]["subject_003"]["label"]
-    body = {"case": "subject_003", "decision": "take out", "classes": [], "label": label}
+    body = {"case": "subject_003", "decision": "take out", "classes": [], "label": label, "seen": 0}
     for change, status in CHANGED:
         filled = {name: value and value.format(host=client.host) for name, value in change.items()}
         headers = {name: value for name, value in {**client.own, **filled}.items() if value is not None}
@@ -261,17 +262,17 @@ def test_there_are_no_files_to_be_had(client: Client) -> None:
 
 
 NOT_SENT: tuple[tuple[Any, int], ...] = (
-    ({"case": "nobody", "decision": "take out", "classes": [], "label": ""}, 409),
-    ({"case": "subject_000", "decision": "take out", "classes": [], "label": ""}, 409),
-    ({"case": "subject_003", "decision": "accept", "classes": [7], "label": ""}, 409),
-    ({"case": "subject_003", "decision": "accept", "classes": [], "label": ""}, 409),
-    ({"case": "subject_003", "decision": "take out", "classes": [1], "label": ""}, 409),
-    ({"case": "subject_003", "decision": "undo", "classes": [1], "label": ""}, 409),
-    ({"case": "subject_003", "decision": "delete", "classes": [1], "label": ""}, 409),
-    ({"case": "subject_003", "decision": "accept", "classes": [1], "label": "old"}, 409),
-    ({"case": "subject_003", "decision": "accept", "classes": [True], "label": ""}, 400),
-    ({"case": "subject_003", "decision": "accept", "classes": "1", "label": ""}, 400),
-    ({"case": ["subject_003"], "decision": "accept", "classes": [1], "label": ""}, 400),
+    ({"case": "nobody", "decision": "take out", "classes": [], "label": "", "seen": 99}, 409),
+    ({"case": "subject_000", "decision": "take out", "classes": [], "label": "", "seen": 99}, 409),
+    ({"case": "subject_003", "decision": "accept", "classes": [7], "label": "", "seen": 99}, 409),
+    ({"case": "subject_003", "decision": "accept", "classes": [], "label": "", "seen": 99}, 409),
+    ({"case": "subject_003", "decision": "take out", "classes": [1], "label": "", "seen": 99}, 409),
+    ({"case": "subject_003", "decision": "undo", "classes": [1], "label": "", "seen": 99}, 409),
+    ({"case": "subject_003", "decision": "delete", "classes": [1], "label": "", "seen": 99}, 409),
+    ({"case": "subject_003", "decision": "accept", "classes": [1], "label": "old", "seen": 99}, 409),
+    ({"case": "subject_003", "decision": "accept", "classes": [True], "label": "", "seen": 99}, 400),
+    ({"case": "subject_003", "decision": "accept", "classes": "1", "label": "", "seen": 99}, 400),
+    ({"case": ["subject_003"], "decision": "accept", "classes": [1], "label": "", "seen": 99}, 400),
     ({"decision": "accept"}, 400),
     ([], 400),
     (b"", 400),
@@ -348,3 +349,28 @@ def test_a_review_that_is_killed_has_every_decision_that_it_answered_and_goes_on
     with DecisionFile(run[1]) as decisions:
         decisions.append(Decision.TAKE_OUT, case_id="subject_003")
     assert standing(read_decisions(decisions_path(run[1])))["subject_003"].taken_out
+
+
+def test_a_decision_made_before_another_tab_decided_about_the_case_is_refused_with_what_is_newer(
+    client: Client,
+) -> None:
+    seen = client.state()["seen"]
+    assert client.decide("subject_003", "accept", 1)[0] == 200
+    status, answer = client.decide("subject_003", "reject", 1, seen=seen)
+    assert status == 409
+    assert "decided elsewhere since you saw it (accept large_organ)" in answer["error"]
+    status, answer, _ = client.ask("POST", "undo", body={"seen": seen})
+    assert (status, "decided elsewhere" in answer["error"]) == (409, True)
+    assert client.decide("subject_004", "reject", 1, seen=seen)[0] == 200  # nobody decided about this one
+    assert client.ask("GET", "seen")[1] == {"seen": client.state()["seen"]}
+    assert client.state()["cases"]["subject_003"]["accepted"] == [1]
+
+
+def test_connections_that_say_nothing_do_not_keep_the_page_from_answering(client: Client) -> None:
+    host, port = client.host.split(":")
+    idle = [socket.create_connection((host, int(port))) for _ in range(200)]
+    try:
+        assert client.state()["seen"] == 0
+    finally:
+        for connection in idle:
+            connection.close()

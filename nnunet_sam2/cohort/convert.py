@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from nnunet_sam2.cohort.annotated import AnnotatedList, annotated_values, find_lists, suspect_gaps
 from nnunet_sam2.cohort.checks import CheckedCase, check_cases, check_duplicates
@@ -98,7 +100,8 @@ def convert(source: Path, folders: DatasetFolders, options: ConvertOptions) -> C
     Raises `InputError` for whatever would make nnU-Net or the rounds fail later, `StageError` where writing fails.
     """
     check_target(folders, overwrite=options.overwrite)
-    with source_folder(source, folders, options.unpack_to) as folder:
+    with _only_conversion(folders), source_folder(source, folders, options.unpack_to) as folder:
+        check_target(folders, overwrite=options.overwrite)  # another one may have ended in between
         archive = None if folder == source else file_hash(source)
         provenance: dict[str, Any] = {"source": str(source.resolve())} | (
             {"archive_sha256": archive} if archive else {}
@@ -106,6 +109,26 @@ def convert(source: Path, folders: DatasetFolders, options: ConvertOptions) -> C
         return _convert_folder(
             folder, folders, options, provenance, tell=lambda text: say(in_users_words(text, source, folders))
         )
+
+
+@contextlib.contextmanager
+def _only_conversion(folders: DatasetFolders) -> Iterator[None]:
+    """Hold the dataset id during the block; the operating system frees it when its holder dies."""
+    lock = FileLock(folders.raw.parent / f".Dataset{folders.dataset_id:03d}.lock")
+    try:
+        folders.raw.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"another convert is making dataset {folders.dataset_id} in {folders.raw.parent}; wait for it, or choose "
+            "another id with -d"
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        say(f"note: {folders.raw.parent} cannot be locked ({error}): start no other convert of this id meanwhile")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _convert_folder(

@@ -80,26 +80,38 @@ class ReviewApp:
             return Response(self.session.page(), mimetype="text/html")
         if request.method == "GET" and route == "state":
             return _json(self.session.state())
+        if request.method == "GET" and route == "seen":
+            return _json({"seen": self.session.entries()})
         if request.method == "POST" and route in ("decide", "undo"):
             if request.headers.get("Origin") != f"http://{request.environ['HTTP_HOST']}":
                 return _refusal(403, "decisions come from this page alone")
             if request.mimetype != "application/json":
                 return _refusal(415, "decisions are JSON")
-            return _json(self.session.undo() if route == "undo" else self._decide(request))
+            return _json(self._undo(request) if route == "undo" else self._decide(request))
         return _refusal(404 if request.method in ("GET", "HEAD", "POST") else 405, "there is nothing here")
+
+    def _undo(self, request: Request) -> dict[str, Any]:
+        try:
+            seen = json.loads(request.get_data()).get("seen")
+        except (ValueError, AttributeError, RecursionError):
+            raise BadRequest from None
+        if seen is not None and type(seen) is not int:
+            raise BadRequest
+        return self.session.undo(seen=seen)
 
     def _decide(self, request: Request) -> dict[str, Any]:
         try:
             value = json.loads(request.get_data())
-            case_id, decision, classes, label = (value[name] for name in ("case", "decision", "classes", "label"))
+            fields = ("case", "decision", "classes", "label", "seen")
+            case_id, decision, classes, label, seen = (value[name] for name in fields)
         except (ValueError, KeyError, TypeError, RecursionError):
             raise BadRequest from None
         texts = all(isinstance(text, str) for text in (case_id, decision, label))
         if not texts or not isinstance(classes, list) or len(classes) > _MOST_CLASSES:
             raise BadRequest
-        if any(isinstance(value, bool) or not isinstance(value, int) for value in classes):
+        if any(type(value) is not int for value in (*classes, seen)):
             raise BadRequest
-        return self.session.decide(case_id=case_id, decision=decision, classes=classes, label=label)
+        return self.session.decide(case_id=case_id, decision=decision, classes=classes, label=label, seen=seen)
 
 
 def _json(value: Any) -> Response:

@@ -18,6 +18,8 @@ from nnunet_sam2.rounds.decisions.record import DecisionFile, decisions_path
 
 _TOKEN_BYTES = 32
 _THREADS = 4
+_MOST_CONNECTIONS = 500
+_IDLE_SECONDS = 10
 
 
 def serve_review(
@@ -51,6 +53,11 @@ def open_server(session: ReviewSession, *, port: int = 0) -> Iterator[tuple[Any,
             port=port,
             threads=_THREADS,
             ident=None,
+            # Connections that say nothing are ended before they can use up what there is; the page opens new ones.
+            connection_limit=_MOST_CONNECTIONS,
+            channel_timeout=_IDLE_SECONDS,
+            cleanup_interval=_IDLE_SECONDS // 2,
+            asyncore_use_poll=True,
             max_request_body_size=MOST_BYTES,
             max_request_header_size=MOST_BYTES,
         )

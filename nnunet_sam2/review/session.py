@@ -65,6 +65,7 @@ class ReviewSession:
             data = {
                 "cases": cases,
                 "undo": self._undo_text(),
+                "seen": self.entries(),
                 "dataset": self.folders.dataset_id,
                 "run": self.run.name,
             }
@@ -76,14 +77,20 @@ class ReviewSession:
             return {
                 "cases": self._cases(),
                 "undo": self._undo_text(),
+                "seen": self.entries(),
                 "newer": self._newer(),
             }
 
-    def decide(self, *, case_id: str, decision: str, classes: Sequence[int], label: str) -> dict[str, Any]:
+    def entries(self) -> int:
+        """Return how many entries the decisions have: the number by which a page knows whether it is up to date."""
+        return len(self._decisions.lines)
+
+    def decide(self, *, case_id: str, decision: str, classes: Sequence[int], label: str, seen: int) -> dict[str, Any]:
         """Enter a decision about the label with the hash ``label`` and return the new state.
 
         Raises `InputError` for a case, class or decision that there is not, for a class that a person drew by hand,
-        and where the label is no longer the one that was shown.
+        where the label is no longer the one that was shown, and where something was decided of the case since the
+        first ``seen`` entries.
         """
         with self._lock:
             try:
@@ -102,6 +109,7 @@ class ReviewSession:
             path, known = self._seen.labels[case_id]
             if label != known:
                 raise InputError(f"case {case_id} has another label than the one that you saw; load the page again")
+            self._refuse_overtaken(case_id, seen)
             if kind in (Decision.ACCEPT, Decision.REJECT):
                 self._refuse_drawn(case_id, kind, classes)
             if kind is Decision.ACCEPT:
@@ -109,14 +117,31 @@ class ReviewSession:
             self._decisions.append(kind, case_id=case_id, classes=sorted(set(classes)), label=known)
             return self.state()
 
-    def undo(self) -> dict[str, Any]:
-        """Take the last decision back and return the new state, with the case that it was about."""
+    def undo(self, *, seen: int | None = None) -> dict[str, Any]:
+        """Take the last decision back and return the new state, with the case that it was about.
+
+        Raises `InputError` where there is none, and where it was entered after the first ``seen`` entries.
+        """
         with self._lock:
             last = self._decisions.last_that_counts
             if last is None:
                 raise InputError("there is no decision to take back")
+            self._refuse_overtaken(last.case_id, self.entries() if seen is None else seen)
             self._decisions.append(Decision.UNDO, undoes=last.number)
             return {**self.state(), "case": last.case_id}
+
+    def _refuse_overtaken(self, case_id: str, seen: int) -> None:
+        """Refuse what was decided before its page knew what another page had entered about the case."""
+        lines = self._decisions.lines
+        about = {line.number: line.case_id for line in lines}
+        newer = [line for line in lines[max(0, seen) :] if (line.case_id or about.get(line.undoes or 0)) == case_id]
+        if newer:
+            names = self._seen.files.class_names
+            said = "; ".join(
+                f"{line.decision.value} {', '.join(names.get(value, str(value)) for value in line.classes)}".strip()
+                for line in newer
+            )
+            raise InputError(f"case {case_id} was decided elsewhere since you saw it ({said}); it is shown now")
 
     def _mark(self) -> tuple[int, int]:
         status = (self.run / LEDGER_FILE).stat()

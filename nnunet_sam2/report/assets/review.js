@@ -15,6 +15,7 @@ function classesByWorth(w) {
 
 async function ask(route, body) {
   let answer, value;
+  if (body !== undefined) body = { ...body, seen: REVIEW.seen };
   try {
     answer = await fetch(route, body === undefined ? {} : { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
     value = await answer.json();
@@ -38,8 +39,18 @@ function askInTurn(route, body, then) {
       if (then) then(state, asked);
     } catch (error) {
       trouble(error.message);
+      await ask("state").then(takeIn, () => {});
     }
   });
+}
+
+/** Say for a while what was done, with the way back. */
+function passing(text) {
+  const line = byId("passing") || document.body.appendChild(make("div", { id: "passing", role: "status" }));
+  line.replaceChildren(make("span", { textContent: text }), make("button", { type: "button", textContent: "Undo (u)", onclick: undo }));
+  line.hidden = false;
+  clearTimeout(word.passing);
+  word.passing = setTimeout(() => (line.hidden = true), 8000);
 }
 
 function trouble(text) {
@@ -52,6 +63,7 @@ function takeIn(state) {
   const before = REVIEW.cases;
   REVIEW.cases = state.cases;
   REVIEW.undo = state.undo;
+  REVIEW.seen = state.seen;
   DATA.cases.forEach((c, index) => {
     if (JSON.stringify(before[c.id]) === JSON.stringify(state.cases[c.id])) return;
     for (const row of document.querySelectorAll(`#table tr[data-case="${index}"]`)) {
@@ -125,9 +137,21 @@ function decisionOn(c, decision, classes) {
 function say(decision, classes) {
   const c = DATA.cases[viewer.index];
   if (!c) return;
+  if (!classes || decision === "take out") {
+    const place = byId("word").getBoundingClientRect();
+    if (place.top >= innerHeight - 80 || place.bottom <= 80) {
+      // Nothing is decided about what is not in view: the first press shows it.
+      byId("word").scrollIntoView({ block: "center" });
+      return trouble(`${c.id} is in view now; nothing was decided. Press the key again to decide.`);
+    }
+  }
   // A key may be quicker than the answer to the one before: it is for the class that is marked then, of this case alone.
   const body = classes ? decisionOn(c, decision, classes) : () => (DATA.cases[viewer.index] === c ? decisionOn(c, decision, [word.marked]) : null);
-  askInTurn("decide", body, (state, asked) => asked.decision === "clear" || goOn(c));
+  askInTurn("decide", body, (state, asked) => {
+    const names = CLASSES.filter((one) => asked.classes.includes(one.value)).map((one) => one.name).join(", ");
+    passing(`${c.id}: ${asked.decision === "clear" ? "taken back" : asked.decision} ${names}`);
+    if (asked.decision !== "clear") goOn(c);
+  });
 }
 
 /** Mark the next open class, or open the next open case. */
@@ -155,6 +179,7 @@ function mark(by) {
 function undo() {
   if (!REVIEW.undo) return;
   askInTurn("undo", {}, (state) => {
+    passing(`taken back: ${state.case}`);
     const index = DATA.cases.findIndex((c) => c.id === state.case);
     if (index >= 0 && index !== viewer.index) openCase(index);
   });
@@ -186,6 +211,16 @@ onOpen.push(() => {
   word.marked = null;
   drawWord();
 });
-// Another tab may have decided in the meantime.
+// Another tab may have decided in the meantime, and the page follows it.
+setInterval(() => {
+  if (document.hidden) return;
+  word.queue = word.queue.then(async () => {
+    try {
+      if ((await ask("seen")).seen !== REVIEW.seen) takeIn(await ask("state"));
+    } catch (error) {
+      trouble(error.message);
+    }
+  });
+}, 2000);
 document.addEventListener("visibilitychange", () => document.hidden || askInTurn("state"));
 drawProgress();
