@@ -34,6 +34,7 @@ def opened(browser: Any, client: Client) -> Iterator[Any]:
     resize(browser, 1440, 1000)
     browser.get(f"http://{client.host}{client.base}")
     _until(lambda: browser.execute_script("return document.getElementById('slice-name').textContent"))
+    browser.execute_script("document.getElementById('word').scrollIntoView({ block: 'center' })")
     yield browser
     assert complaints(browser) == []
     assert [url for url in requests(browser) if not url.startswith(f"http://{client.host}{client.base}")] == []
@@ -64,8 +65,15 @@ def test_keys_accept_reject_and_take_out_and_lead_from_what_is_open_to_what_is_o
     assert opened.execute_script(NAME) == "subject_004"
     assert "every labelled case shows it" in opened.execute_script("return document.getElementById('word').innerText")
     assert _marked(opened) == 2
+    opened.execute_script("window.scrollTo(0, 0)")
+    _press(opened, "r")  # not in view: it is shown, and nothing is decided
+    _until(
+        lambda: "nothing was decided" in opened.execute_script("return document.getElementById('trouble').innerText")
+    )
+    assert not _stands(client.run)
     _press(opened, "r")
     _until(lambda: list(_stands(client.run).get("subject_004", CaseDecisions()).rejected) == [2])
+    assert "reject" in opened.execute_script("return document.getElementById('passing').innerText")
     _until(lambda: _marked(opened) == 1)
     _press(opened, "a")
     _until(lambda: list(_stands(client.run)["subject_004"].accepted) == [1])
