@@ -34,7 +34,6 @@ def opened(browser: Any, client: Client) -> Iterator[Any]:
     resize(browser, 1440, 1000)
     browser.get(f"http://{client.host}{client.base}")
     _until(lambda: browser.execute_script("return document.getElementById('slice-name').textContent"))
-    browser.execute_script("document.getElementById('word').scrollIntoView({ block: 'center' })")
     yield browser
     assert complaints(browser) == []
     assert [url for url in requests(browser) if not url.startswith(f"http://{client.host}{client.base}")] == []
@@ -45,6 +44,11 @@ def _until(true: Callable[[], Any], *, seconds: float = 20.0) -> None:
     while not true():
         assert time.monotonic() < end, "never came true"
         time.sleep(0.05)
+
+
+def _show_word(browser: Any) -> None:
+    """Bring the panel of decisions into view: keys decide about nothing else."""
+    browser.execute_script("document.getElementById('word').scrollIntoView({ block: 'center' })")
 
 
 def _press(browser: Any, key: str) -> None:
@@ -93,6 +97,7 @@ def test_keys_accept_reject_and_take_out_and_lead_from_what_is_open_to_what_is_o
 def test_a_key_that_is_quicker_than_the_last_answer_is_for_the_next_class_and_for_no_other_case(
     opened: Any, client: Client
 ) -> None:
+    _show_word(opened)
     keys = (
         "for (const key of arguments[0]) "
         "document.body.dispatchEvent(new KeyboardEvent('keydown', { key, repeat: arguments[1], bubbles: true }))"
@@ -116,6 +121,7 @@ def test_a_page_that_shows_an_older_label_cannot_decide_about_the_newer_one_of_a
     trouble = "const t = document.getElementById('trouble'); return t.hidden ? '' : t.textContent"
     opened.execute_script("document.dispatchEvent(new Event('visibilitychange'))")
     _until(lambda: "newer labels than this page shows" in opened.execute_script(trouble))
+    _show_word(opened)
     _press(opened, "a")
     _until(lambda: "another label than the one that you saw" in opened.execute_script(trouble))
     assert _stands(client.run) == {}
@@ -168,6 +174,7 @@ def test_it_fits_a_phone_and_a_wide_screen_with_a_case_open(opened: Any) -> None
 def test_a_decision_that_cannot_be_saved_is_said_to_be_none(opened: Any, client: Client) -> None:
     label = client.run / "r02" / "labels" / "subject_004.nii.gz"
     label.write_bytes(label.read_bytes() + b"\0")
+    _show_word(opened)
     _press(opened, "a")
     trouble = "const t = document.getElementById('trouble'); return t.hidden ? '' : t.textContent"
     _until(lambda: "Not saved" in opened.execute_script(trouble))
@@ -183,6 +190,7 @@ def test_a_review_that_was_ended_says_so_when_something_is_decided(browser: Any,
     browser.get(f"http://{client.host}{client.base}")
     _until(lambda: browser.execute_script("return document.getElementById('slice-name').textContent"))
     client.end()
+    _show_word(browser)
     _press(browser, "a")
     trouble = "const t = document.getElementById('trouble'); return t.hidden ? '' : t.textContent"
     _until(lambda: "Start it again with nnunet_sam2 review" in browser.execute_script(trouble))

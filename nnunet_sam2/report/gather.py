@@ -13,7 +13,7 @@ from nnunet_sam2.files.checks import PICTURE_ENDINGS
 from nnunet_sam2.provenance import provenance
 from nnunet_sam2.report.account import CaseAccount, ClassQuality, Cost, Provenance, RoundAccount, RunAccount
 from nnunet_sam2.report.run_files import Json, RunFiles
-from nnunet_sam2.rounds.ledger import REVIEWED
+from nnunet_sam2.rounds.ledger import HASH, PREVIOUS, REVIEWED
 from nnunet_sam2.rounds.state import RoundState
 from nnunet_sam2.storage import read_json
 from nnunet_sam2.volumes import read_label
@@ -279,7 +279,7 @@ def _reviews(files: RunFiles) -> Iterator[str]:
 
 
 def _note(event: Json) -> str:
-    shown = {k: v for k, v in event.items() if k not in ("version", "event", "time")}
+    shown = {k: v for k, v in event.items() if k not in ("version", "event", "time", PREVIOUS, HASH)}
     return f"{_time(event):%Y-%m-%d %H:%M} {event['event']}: " + ", ".join(f"{k} {v}" for k, v in shown.items())
 
 
