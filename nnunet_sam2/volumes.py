@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.files.checks import LOSSY_ENDINGS, PICTURE_ENDINGS, check_content, check_path, file_ending
+from nnunet_sam2.files.label_tables import by_names, read_label_table
 from nnunet_sam2.files.nifti import mend_nonfinite, read_values
 from nnunet_sam2.files.pictures import read_picture, write_picture
 from nnunet_sam2.files.repairs import ERROR, STRICT, ReadPolicy, Repairs
@@ -83,15 +84,20 @@ def read_label(path: Path, *, allowed: Iterable[int] | None = None) -> tuple[np.
 
 
 def read_label_as(
-    path: Path, policy: ReadPolicy, *, allowed: Iterable[int] | None = None
+    path: Path, policy: ReadPolicy, *, allowed: Iterable[int] | None = None, names: Mapping[str, int] | None = None
 ) -> tuple[np.ndarray, Geometry, Repairs]:
     """Read a label map as `read_label` does, its geometry mended as the policy says, and say what was mended.
 
-    NaN and infinite values are refused whatever the policy says of images.
+    NaN and infinite values are refused whatever the policy says of images. With ``names``, the declared names and their
+    values, a file that has a label table of its own (`files.label_tables`) is mapped by its names, and segments in
+    several layers are merged.
     """
     if file_ending(path) in LOSSY_ENDINGS:
         raise InputError(f"{path} is a JPEG, which changes label values; save the label map as PNG")
     array, geometry, repairs = _read(path, policy=replace(policy, nonfinite=ERROR), indices=True)
+    if names is not None and (segments := read_label_table(path)):
+        array, renamed, voxels = by_names(path, array, segments, names)
+        repairs = replace(repairs, renamed=renamed, renamed_voxels=voxels)
     label_zyx, rounded = as_label(path, array, allowed=allowed)
     return label_zyx, geometry, replace(repairs, rounded_voxels=rounded)
 
@@ -212,7 +218,7 @@ def _read(
     if facts is not None and facts.by_own_rules:
         array, geometry, repairs = read_values(path), facts.geometry, facts.repairs
     else:
-        array, geometry, repairs = (*_read_with_simpleitk(path), Repairs())
+        array, geometry, repairs = (*_read_with_simpleitk(path, layers=indices), Repairs())
         if facts is not None and (difference := facts.geometry.mismatch(geometry)):
             raise InputError(
                 f"{path} is placed differently by its header and by the library that nnU-Net reads it with "
@@ -220,7 +226,7 @@ def _read(
             )
     # Whatever the axes before the last three are called, they count volumes.
     array = array.reshape(-1, *geometry.shape_zyx)
-    if array.shape[0] != 1 and not split_fourth_axis:
+    if array.shape[0] != 1 and not split_fourth_axis and not (indices and path.name.lower().endswith(".nrrd")):
         raise InputError(f"{path} is 4D with {array.shape[0]} volumes; save each channel as a file of its own")
     values, mended = mend_nonfinite(path, array, policy)
     if mended:
@@ -228,7 +234,7 @@ def _read(
     return values, geometry, repairs
 
 
-def _read_with_simpleitk(path: Path) -> tuple[np.ndarray, Geometry]:
+def _read_with_simpleitk(path: Path, *, layers: bool) -> tuple[np.ndarray, Geometry]:
     import SimpleITK
 
     try:
@@ -241,6 +247,8 @@ def _read_with_simpleitk(path: Path) -> tuple[np.ndarray, Geometry]:
             ) from None
         raise InputError(f"{path} cannot be read ({text.strip().splitlines()[-1]}); get the file again") from None
     if image.GetNumberOfComponentsPerPixel() != 1:
+        if layers and image.GetDimension() == 3 and path.name.lower().endswith(".nrrd") and read_label_table(path):
+            return np.moveaxis(SimpleITK.GetArrayFromImage(image), -1, 0), _geometry(image)
         raise InputError(
             f"{path} has {image.GetNumberOfComponentsPerPixel()} values a voxel; export one file a channel"
             + (", or the segmentation as one label map" if path.name.lower().endswith(".seg.nrrd") else "")

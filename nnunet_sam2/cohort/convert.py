@@ -25,6 +25,7 @@ from nnunet_sam2.cohort.roles import choose_cases
 from nnunet_sam2.cohort.unpacked import in_users_words, source_folder
 from nnunet_sam2.cohort.write import DATASET_FILE, choose_ending, write_dataset
 from nnunet_sam2.errors import InputError, StageError
+from nnunet_sam2.files.label_tables import Segment, read_label_table, tables_agree
 from nnunet_sam2.files.repairs import STRICT, ReadPolicy
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.orientation import common_direction, orientation_note
@@ -143,7 +144,7 @@ def _convert_folder(
     lists = find_lists(options.annotated, cases, tell)
     assignment = assign_roles(cases, options)
     cases = {case_id: cases[case_id] for case_id in sorted(assignment.role_of)}
-    table = _declared_table(found, options)
+    table = _declared_table(found, options) or _table_of_files(cases, tell)
     checked = check_cases(
         cases, assignment.role_of, table, allow_empty=options.allow_empty, policy=options.policy, tell=tell
     )
@@ -303,6 +304,21 @@ def _declared_table(found: Found, options: ConvertOptions) -> LabelTable | None:
         return None
     order = options.regions_class_order or (found.regions_class_order if options.labels is None else None)
     return make_label_table(declared, order)
+
+
+def _table_of_files(cases: dict[str, SourceCase], tell: Callable[[str], None]) -> LabelTable | None:
+    """Take the names that the label files carry where none are declared; None where no file carries any."""
+    tables: dict[Path, tuple[Segment, ...]] = {}
+    for case in cases.values():
+        path = case.label or case.hidden_label
+        if path is not None and path.is_file() and (segments := read_label_table(path)):
+            tables[path] = segments
+    if not tables:
+        return None
+    declared = tables_agree(tables)
+    shown = ",".join(f"{name}={value}" for name, value in declared.items())
+    tell(f"note: {len(tables)} label files name their values, which are taken as declared; else give --labels {shown}")
+    return make_label_table(declared)
 
 
 def _channel_names(found: Found, checked: list[CheckedCase], options: ConvertOptions) -> tuple[str, ...]:

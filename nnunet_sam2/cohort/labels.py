@@ -33,6 +33,12 @@ class LabelTable:
         """Say whether label files have to be rewritten."""
         return any(a != b for a, b in self.source_values.items())
 
+    @property
+    def names(self) -> dict[str, int]:
+        """Return the value in the source's files of each label that has one value, by name."""
+        stored = {target: source for source, target in self.source_values.items()}
+        return {name: stored[value] for name, value in self.labels.items() if isinstance(value, int)}
+
     def translate(self, label_zyx: np.ndarray) -> np.ndarray:
         """Replace the source's values by the dataset's; all values must have been checked before."""
         if not self.changes_values:

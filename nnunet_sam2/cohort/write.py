@@ -119,7 +119,7 @@ def _write_label(target: Path, case: CheckedCase, table: LabelTable, policy: Rea
     if case.copy_label:
         _copy(source, target)
         return
-    label_zyx, _, _ = read_label_as(source, policy, allowed=table.source_values)
+    label_zyx, _, _ = read_label_as(source, policy, allowed=table.source_values, names=table.names)
     write_label(target, np.asarray(table.translate(label_zyx)), case.geometry)
 
 

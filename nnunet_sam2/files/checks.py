@@ -12,10 +12,11 @@ import zlib
 from pathlib import Path
 
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.files.label_tables import SEGMENT_ENDING, header_lines
 from nnunet_sam2.files.nifti import NiftiFacts, check_nifti
 from nnunet_sam2.files.repairs import STRICT, ReadPolicy
 
-VOLUME_ENDINGS = (".nii.gz", ".nii", ".mha", ".nrrd")
+VOLUME_ENDINGS = (".nii.gz", ".nii", ".mha", SEGMENT_ENDING, ".nrrd")
 """Endings of files with a grid in space."""
 
 PICTURE_ENDINGS = (".png", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".pnm", ".jpg", ".jpeg")
@@ -108,20 +109,15 @@ def check_content(path: Path, policy: ReadPolicy = STRICT) -> NiftiFacts | None:
         return check_nifti(path, policy)
     if ending == ".mha":
         _check_meta_image(path)
-    elif ending == ".nrrd":
+    elif ending in (SEGMENT_ENDING, ".nrrd"):
         _check_nrrd(path)
     return None
 
 
 def _check_nrrd(path: Path) -> None:
     """Refuse a header that names other files: what is read must be what was given."""
-    with path.open("rb") as handle:
-        head = handle.read(_HEADER_BYTES)
-    end = re.search(rb"\n\r?\n", head)
-    if end is None and len(head) == _HEADER_BYTES:
-        raise InputError(f"{path} is named like NRRD but its header has no end; get the file again")
-    for line in head[: end and end.start()].splitlines():
-        if line.lower().replace(b" ", b"").startswith(b"datafile:"):
+    for line in header_lines(path):
+        if line.lower().replace(" ", "").startswith("datafile:"):
             raise InputError(f"{path} keeps its voxels in another file; save header and voxels in one .nrrd")
 
 

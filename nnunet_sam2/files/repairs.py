@@ -48,6 +48,9 @@ class Repairs:
     form_difference_mm: float | None = None
     rounded_voxels: int = 0
     """Label voxels that were near a whole number, and are that now."""
+    renamed_voxels: int = 0
+    """Label voxels whose value was taken from the name that the file's own label table gives theirs."""
+    renamed: str | None = None
 
     def __bool__(self) -> bool:
         return self != Repairs()
@@ -75,4 +78,9 @@ class Repairs:
             )
         if self.rounded_voxels:
             lines.append(f"{where}: {self.rounded_voxels} label voxels were rounded to the whole number beside them")
+        if self.renamed is not None:
+            lines.append(
+                f"{where}: {self.renamed_voxels} label voxels were mapped by the names in its label table "
+                f"({self.renamed})"
+            )
         return lines

@@ -18,10 +18,12 @@ from nnunet_sam2.cohort.cohort import ADDED_LABELS, Addition, Case, Cohort, Role
 from nnunet_sam2.errors import InputError, refuse_all
 from nnunet_sam2.files.checks import strip_ending
 from nnunet_sam2.progress import say
-from nnunet_sam2.review.hand_over import EXPORT_FILE
+from nnunet_sam2.files.repairs import STRICT, Repairs
+from nnunet_sam2.geometry import Geometry
+from nnunet_sam2.review.hand_over import EXPORT_FILE, colours_of
 from nnunet_sam2.rounds.lock import acquired
 from nnunet_sam2.storage import TEMPORARY_MARK, file_hash, read_json
-from nnunet_sam2.volumes import read_label, write_label
+from nnunet_sam2.volumes import read_label, read_label_as, write_label
 from nnunet_sam2.voxel_hashes import voxel_hash
 
 LOCK_FILE = ".nnunet_sam2_import.lock"
@@ -130,11 +132,6 @@ def _check(
 ) -> _Checked:
     if not path.is_file():
         raise InputError(f"{path} does not exist")
-    if path.name.lower().endswith(".seg.nrrd"):
-        raise InputError(
-            f"{path} is a segmentation of 3D Slicer, whose segments may overlap and have values of their own; export a "
-            "label map instead: Segmentations > Export to files, NIfTI, as one file"
-        )
     case = cohort.case(case_id) if case_id is not None else find_case(cohort, path)
     name = case.case_id
     if case.role is Role.TEST:
@@ -144,8 +141,9 @@ def _check(
             f"{path}: case {name} has had a human label from the start, and plans and folds follow it; to change it, "
             "convert the source with the new label to another dataset id"
         )
-    allowed = [*cohort.class_values, *([cohort.ignore_value] if cohort.ignore_value is not None else [])]
-    label_zyx, geometry = read_label(path, allowed=allowed)
+    label_zyx, geometry, repairs = _read_drawn(cohort, path)
+    for note in repairs.notes(path):
+        say(f"note: {note}")
     if difference := case.geometry.mismatch(geometry):
         raise InputError(
             f"the image of case {name} and {path} differ in {difference}; save the label on the image's grid"
@@ -164,6 +162,14 @@ def _check(
             "nnunet_sam2 review"
         )
     return _Checked(case=case, path=path, voxels=voxel_hash(label_zyx) if label_zyx.any() else "")
+
+
+def _read_drawn(cohort: Cohort, path: Path) -> tuple[np.ndarray, Geometry, Repairs]:
+    """Read a person's label, its values by the names in its own label table where it has one."""
+    allowed = [*cohort.class_values, *([cohort.ignore_value] if cohort.ignore_value is not None else [])]
+    names = {name: value for value, (name, _) in colours_of(cohort).items()}
+    names |= {name: value for name, value in cohort.labels.items() if isinstance(value, int)}
+    return read_label_as(path, STRICT, allowed=allowed, names=names)
 
 
 def _refuse_twins(cohort: Cohort, checked: Sequence[_Checked]) -> None:
@@ -199,7 +205,7 @@ def _enter(cohort: Cohort, checked: _Checked, values: tuple[int, ...] | None) ->
     folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_MARK, dir=folder) as temporary:
         written = Path(temporary) / f"{case.case_id}{ending}"
-        write_label(written, read_label(checked.path)[0], case.geometry)
+        write_label(written, _read_drawn(cohort, checked.path)[0], case.geometry)
         sha256 = file_hash(written)
         target = folder / f"{case.case_id}-{sha256[:16]}{ending}"
         written.chmod(0o444)

@@ -1,0 +1,289 @@
+"""Label tables that lie in or beside a label file: which value means which name there, whatever the file is called.
+
+Read are the segments of 3D Slicer (NRRD; MetaImage where a program copied them), the label tables of Connectome
+Workbench and AFNI and plain ones in NIfTI extensions, and ITK-SNAP's label descriptions in the file's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.files.gzipped import open_stream
+
+SEGMENT_ENDING = ".seg.nrrd"
+LONGEST_HEADER = 1 << 22
+"""Bytes of a text header or of NIfTI extensions; a hundred segments with their terminology take 64 kB."""
+
+_SEGMENT = re.compile(r"(Segment\d+)_(Name|LabelValue|Layer)\s*(?::=|=)\s*(.*?)\s*")
+_ITKSNAP = re.compile(r'\s*(\d+)\s+\d+\s+\d+\s+\d+\s+[\d.eE+-]+\s+[01]\s+[01]\s+"(.*)"\s*')
+_CARET = re.compile(r'<Label\b[^>]*\bKey="(-?\d+)"[^>]*>(?:<!\[CDATA\[)?(.*?)(?:\]\]>)?</Label>', re.DOTALL)
+_AFNI = re.compile(r'atr_name="VALUE_LABEL_DTABLE".*?>(.*?)</AFNI_atr>', re.DOTALL)
+_AFNI_PAIR = re.compile(r'"(\d+)"\s+"([^"]*)"')
+_DEFAULT_NAME = re.compile(r"Label (\d+)")
+_BACKGROUND = {"background", "clearlabel", "unknown", "???"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Name what one value of a label file, or of one layer of it, stands for."""
+
+    name: str
+    value: int
+    layer: int = 0
+
+
+def read_label_table(path: Path) -> tuple[Segment, ...]:
+    """Return the table that a checked label file carries, or else the one beside it; nothing where there is none.
+
+    Raises `InputError` for a table that gives one value two names, and for two descriptions that differ.
+    """
+    name = path.name.lower()
+    found: tuple[Segment, ...] = ()
+    try:
+        if name.endswith((".nrrd", ".mha")):
+            found = _segments(path)
+        elif name.endswith((".nii", ".nii.gz")):
+            found = _from_extensions(path)
+    except (EOFError, OSError, zlib.error):
+        return ()  # damaged: whoever reads the voxels says so
+    found = found or _beside(path)
+    named: dict[tuple[int, int], str] = {}
+    for segment in found:
+        other = named.setdefault((segment.layer, segment.value), segment.name)
+        if key_of(other) != key_of(segment.name):
+            raise InputError(
+                f"{path}: its label table calls the value {segment.value} both {other} and {segment.name}; correct it"
+            )
+    return found
+
+
+def key_of(name: str) -> str:
+    """Return a name without what programs change in it: case, blanks, and what they put in the place of blanks."""
+    return re.sub(r"[\s_\-\"']+", "", name).casefold()
+
+
+def by_names(
+    path: Path, layers_czyx: np.ndarray, segments: Iterable[Segment], declared: Mapping[str, int]
+) -> tuple[np.ndarray, str | None, int]:
+    """Give each segment of a label file the value that is declared for its name.
+
+    Returns the label map (1, Z, Y, X), what was changed in words (None where every voxel keeps its value), and how many
+    voxels were. Raises `InputError` for segments with voxels whose names are not declared, values that no segment
+    names, and layers that overlap in two values.
+    """
+    if layers_czyx.dtype.kind not in "iu":
+        layers_czyx = _whole(path, layers_czyx)
+    values = _values_by_key(path, declared)
+    merged = np.zeros(layers_czyx.shape[1:], np.int64)
+    strangers: list[str] = []
+    changes: list[str] = []
+    moved = 0
+    segments = tuple(segments)
+    for layer, layer_zyx in enumerate(layers_czyx):
+        name_of = {segment.value: segment.name for segment in segments if segment.layer == layer}
+        for value in np.unique(layer_zyx[layer_zyx != 0]).tolist():
+            if value not in name_of:
+                raise InputError(
+                    f"{path} holds the value {value}, which its label table does not name (it names "
+                    f"{_listed(segments)}); name it there, or save a label map without a table"
+                )
+            name = name_of[value]
+            target = values.get(key_of(name))
+            if target is None:
+                strangers.append(name)
+                continue
+            inside = layer_zyx == value
+            taken = inside & (merged != 0) & (merged != target)
+            if target and taken.any():
+                raise InputError(
+                    f"{path}: segment {name} overlaps another one in {int(np.count_nonzero(taken))} voxels, a label "
+                    "map has one value a voxel; make them apart (3D Slicer: Masking, Modify other segments: overwrite "
+                    "all)"
+                )
+            if target:
+                merged[inside] = target
+            if target != value:
+                changes.append(f"{name} {value} -> {target}")
+                moved += int(np.count_nonzero(inside))
+    if strangers:
+        raise InputError(
+            f"{path} holds {', '.join(sorted(set(strangers)))} by its label table, declared are "
+            f"{', '.join(declared)}; declare these names (convert: --labels NAME=VALUE,...) or rename the segments"
+        )
+    if len(layers_czyx) > 1:
+        changes.insert(0, f"{len(layers_czyx)} layers merged")
+        moved = moved or int(np.count_nonzero(merged))
+    return merged[None], ", ".join(changes) or None, moved
+
+
+def tables_agree(tables: Mapping[Path, tuple[Segment, ...]]) -> dict[str, int]:
+    """Make one declared table of the tables of many files; raise `InputError` where they contradict each other."""
+    found: dict[str, tuple[str, int, Path]] = {}
+    of_value: dict[int, tuple[str, Path]] = {}
+    for path, segments in tables.items():
+        for segment in segments:
+            key = key_of(segment.name)
+            if not segment.value or key in _BACKGROUND:
+                continue
+            name, value, first = found.setdefault(key, (segment.name, segment.value, path))
+            other, second = of_value.setdefault(segment.value, (segment.name, path))
+            if value != segment.value or key_of(other) != key:
+                there = f"{name}={value}" if value != segment.value else f"{other}={segment.value}"
+                raise InputError(
+                    f"{path} names {segment.name}={segment.value}, {first if value != segment.value else second} names "
+                    f"{there}; say which values are meant, and every file is mapped to them by its names: "
+                    f"--labels {_example(tables)}"
+                )
+    return {name: value for name, value, _ in sorted(found.values(), key=lambda entry: entry[1])}
+
+
+def _example(tables: Mapping[Path, tuple[Segment, ...]]) -> str:
+    names = dict.fromkeys(s.name for segments in tables.values() for s in segments if key_of(s.name) not in _BACKGROUND)
+    return ",".join(f"{name}={rank}" for rank, name in enumerate(names, 1))
+
+
+def _values_by_key(path: Path, declared: Mapping[str, int]) -> dict[str, int]:
+    values = dict.fromkeys(_BACKGROUND, 0)
+    names: dict[str, str] = {}
+    for name, value in declared.items():
+        if (other := names.setdefault(key_of(name), name)) != name and declared[other] != value:
+            raise InputError(f"{path} names its labels, and the declared {other} and {name} are one name there")
+        values[key_of(name)] = value
+    return values
+
+
+def _listed(segments: Iterable[Segment]) -> str:
+    return ", ".join(f"{segment.name}={segment.value}" for segment in segments)
+
+
+def _whole(path: Path, array: np.ndarray) -> np.ndarray:
+    rounded = np.rint(array)
+    if not np.isfinite(array).all() or np.abs(array - rounded).max() > 1e-3:
+        raise InputError(f"{path} names its labels, but holds values that are not whole numbers; export whole numbers")
+    return rounded.astype(np.int64)
+
+
+def _segments(path: Path) -> tuple[Segment, ...]:
+    fields: dict[str, dict[str, str]] = {}
+    for line in header_lines(path):
+        if match := _SEGMENT.fullmatch(line):
+            fields.setdefault(match[1], {})[match[2]] = match[3].replace("\\n", " ")
+    segments = []
+    for rank, (segment, told) in enumerate(fields.items(), 1):
+        if "Name" not in told:
+            continue
+        try:
+            # Slicer before 4.11 wrote one binary layer a segment and no values.
+            old = "LabelValue" not in told
+            value = 1 if old else int(told["LabelValue"])
+            layer = rank - 1 if old and "Layer" not in told else int(told.get("Layer", "0"))
+        except ValueError:
+            raise InputError(f"{path}: {segment} has a value or layer that is no number; save it again") from None
+        segments.append(Segment(name=told["Name"], value=value, layer=layer))
+    return tuple(segments)
+
+
+def header_lines(path: Path) -> list[str]:
+    """Return the lines of a text header, that of an NRRD or MetaImage file; raise `InputError` where it has no end."""
+    lines: list[str] = []
+    seen = 0
+    with path.open("rb") as handle:
+        while seen < LONGEST_HEADER:
+            raw = handle.readline(LONGEST_HEADER)
+            seen += len(raw)
+            line = raw.decode("utf-8", "replace").rstrip("\r\n")
+            if not raw or not line:
+                return lines
+            lines += line.split("\r")
+            if line.replace(" ", "").startswith("ElementDataFile="):
+                return lines
+    raise InputError(f"{path} is named like an image but its header has no end; get the file again")
+
+
+def _from_extensions(path: Path) -> tuple[Segment, ...]:
+    """Read the NIfTI extensions: between header and voxels, each with its length and code before it."""
+    with open_stream(path) as stream:
+        head = stream.read(352)
+        if len(head) < 352 or not head[348]:
+            return ()
+        order: Literal["little", "big"] = "little" if int.from_bytes(head[:4], "little") == 348 else "big"
+        begin = int(np.frombuffer(head[108:112], "<f4" if order == "little" else ">f4")[0])
+        raw = stream.read(max(0, min(begin, LONGEST_HEADER) - 352))
+    found: list[Segment] = []
+    position = 0
+    while position + 8 <= len(raw):
+        size = int.from_bytes(raw[position : position + 4], order)
+        if size < 8 or position + size > len(raw):
+            break
+        found += _from_text(raw[position + 8 : position + size].rstrip(b"\0").decode("utf-8", "replace"))
+        position += size
+    return tuple(found)
+
+
+def _from_text(text: str) -> list[Segment]:
+    """Find a table in an extension's text: XML of Workbench or AFNI, JSON, or ITK-SNAP's lines."""
+    pairs: list[tuple[str, str]] = []
+    if "<LabelTable" in text:
+        pairs = _CARET.findall(text)
+    elif match := _AFNI.search(text):
+        pairs = _AFNI_PAIR.findall(match[1].replace("&quot;", '"'))
+    elif text.lstrip().startswith("{"):
+        pairs = _from_json(text)
+    if pairs:
+        return [Segment(name=name.strip(), value=int(value)) for value, name in pairs]
+    return _itksnap(text)
+
+
+def _from_json(text: str) -> list[tuple[str, str]]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    table = value.get("labels", value) if isinstance(value, dict) else None
+    if not isinstance(table, dict) or not table:
+        return []
+    if all(isinstance(v, str) and str(k).isdecimal() for k, v in table.items()):
+        return list(table.items())
+    if all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in table.values()):
+        return [(str(v), name) for name, v in table.items()]
+    return []
+
+
+def _itksnap(text: str) -> list[Segment]:
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    matches = [_ITKSNAP.fullmatch(line) for line in lines]
+    found = [Segment(name=match[2], value=int(match[1])) for match in matches if match]
+    # ITK-SNAP writes "Label 1" to "Label 6" where nobody gave a name: that names nothing.
+    given = [s for s in found if s.value and not ((m := _DEFAULT_NAME.fullmatch(s.name)) and int(m[1]) == s.value)]
+    return [s for s in found if s in given or not s.value] if len(found) == len(lines) and given else []
+
+
+def _beside(path: Path) -> tuple[Segment, ...]:
+    """Read ITK-SNAP's descriptions in the file's folder: one with the file's own name, else the folder's."""
+    stem = path.name.split(".")[0]
+    tables: dict[Path, tuple[Segment, ...]] = {}
+    for beside in sorted((*path.parent.glob("*.txt"), *path.parent.glob("*.label"))):
+        if not beside.is_file() or beside.stat().st_size > LONGEST_HEADER:
+            continue
+        text = beside.read_bytes().decode("utf-8", "replace")
+        if found := _itksnap(text):
+            tables[beside] = tuple(found)
+    own = {p: t for p, t in tables.items() if p.name.split(".")[0] == stem}
+    # A description that carries another label file's name is that file's.
+    others = {q.name.split(".")[0] for q in path.parent.iterdir() if q.suffix.lower() not in (".txt", ".label")}
+    chosen = own or {p: t for p, t in tables.items() if p.name.split(".")[0] not in others}
+    if len({frozenset((key_of(s.name), s.value) for s in t) for t in chosen.values()}) > 1:
+        raise InputError(
+            f"{path}: the label descriptions {' and '.join(p.name for p in chosen)} beside it differ; keep one, or name "
+            "each as its label file"
+        )
+    return next(iter(chosen.values()), ())
