@@ -239,3 +239,48 @@ def test_a_device_that_is_absent_is_refused():
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(InputError, match="cuda"):
         choose_device("cuda")
+
+
+class _Code:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+def test_a_bare_pickle_with_code_is_called_that(protocol, tmp_path):
+    path = tmp_path / "code.pt"
+    path.write_bytes(pickle.dumps({"model": _Code()}, protocol=protocol))
+    with pytest.raises(InputError, match="could run code when loaded"):
+        read_checkpoint(path)
+
+
+STEM = "image_encoder.trunk.patch_embed.proj.weight"
+ODD_TENSORS = {
+    "beyond the range of 32 bit": lambda t: torch.full_like(t, 1e300, dtype=torch.float64),
+    "complex64 values": lambda t: t.to(torch.complex64),
+    "bool values": lambda t: t > 0,
+    "int64 values": lambda t: t.long(),
+    "float8_e4m3fn values": lambda t: t.to(torch.float8_e4m3fn),
+    "a quantised tensor": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "a sparse or nested": lambda t: t.to_sparse(),
+    r"without values \(meta\)": lambda t: t.to("meta"),
+    r"stands for many \(stride 0\)": lambda t: torch.zeros(1).expand(t.shape),
+    "a tensor of 0 axes": lambda t: t.sum(),
+}
+
+
+@pytest.mark.parametrize("said", ODD_TENSORS)
+@pytest.mark.parametrize("key", [STEM, "no_mem_embed"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_tensor_that_is_no_plain_float_is_refused_in_a_line(said, key, state, tmp_path):
+    torch.save({**state, key: ODD_TENSORS[said](state[key])}, tmp_path / "odd.pt")
+    with pytest.raises(InputError, match=said) as refused:
+        read_checkpoint(tmp_path / "odd.pt")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_header_of_ten_thousand_brackets_is_a_damaged_one(tmp_path):
+    header = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    (tmp_path / "deep.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(InputError, match="unreadable header"):
+        read_checkpoint(tmp_path / "deep.safetensors")

@@ -283,7 +283,7 @@ def _beside(path: Path) -> tuple[Segment, ...]:
     chosen = own or {p: t for p, t in tables.items() if p.name.split(".")[0] not in others}
     if len({frozenset((key_of(s.name), s.value) for s in t) for t in chosen.values()}) > 1:
         raise InputError(
-            f"{path}: the label descriptions {' and '.join(p.name for p in chosen)} beside it differ; keep one, or name "
-            "each as its label file"
+            f"{path}: the label descriptions {' and '.join(p.name for p in chosen)} beside it differ; keep one, or "
+            "name each as its label file"
         )
     return next(iter(chosen.values()), ())

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +28,18 @@ def read_picture(path: Path, *, indices: bool = False) -> np.ndarray:
     where it is opaque and refused otherwise.
     """
     check_file(path)
+    complaints: list[str] = []
     try:
-        array = (_read_tiff if file_ending(path) in _TIFF_ENDINGS else _read_other)(path, indices)
+        with _listening(complaints):
+            array = (_read_tiff if file_ending(path) in _TIFF_ENDINGS else _read_other)(path, indices)
     except InputError:
         raise
     except Exception as error:  # readers raise many kinds for a damaged file
-        raise InputError(f"{path} cannot be read as a picture ({error}); get the file again") from None
+        told = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} cannot be read as a picture ({told}); get the file again") from None
+    if complaints:
+        # It gives pixels all the same, and often others than the next reader does.
+        raise InputError(f"{path} is damaged: its reader complains ({complaints[0]}); get the file again")
     if array.ndim == 2:
         return array[None]
     if array.ndim != 3:
@@ -69,6 +79,45 @@ def write_picture(path: Path, array_chw: np.ndarray) -> None:
 def picture_fits_png(array_chw: np.ndarray) -> bool:
     """Say whether nnU-Net's PNG reader gives these values back: 8 bit grey or RGB, or 16 bit grey."""
     return array_chw.dtype == np.uint8 or (array_chw.dtype == np.uint16 and array_chw.shape[0] == 1)
+
+
+@contextmanager
+def _listening(complaints: list[str]) -> Iterator[None]:
+    """Collect what the readers log or warn of while a picture is read; none of it reaches the user as it is."""
+    handler = _Collector(complaints)
+    loggers = [logging.getLogger(name) for name in ("tifffile", "PIL")]
+    kept = [(logger.propagate, logger.level, logger.disabled) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.propagate, logger.disabled = False, False
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            yield
+        complaints += [str(one.message).splitlines()[0] for one in warned if _is_of_the_file(one)]
+    finally:
+        for logger, (propagate, level, disabled) in zip(loggers, kept, strict=True):
+            logger.removeHandler(handler)
+            logger.propagate, logger.disabled = propagate, disabled
+            logger.setLevel(level)
+
+
+def _is_of_the_file(warning: warnings.WarningMessage) -> bool:
+    from PIL import Image
+
+    about_code = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ImportWarning, ResourceWarning)
+    return not issubclass(warning.category, (*about_code, Image.DecompressionBombWarning))
+
+
+class _Collector(logging.Handler):
+    def __init__(self, complaints: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self.complaints = complaints
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage().strip() or record.levelname
+        self.complaints.append(text.splitlines()[0][:200])
 
 
 def _read_tiff(path: Path, indices: bool) -> np.ndarray:

@@ -17,9 +17,9 @@ import numpy as np
 from nnunet_sam2.cohort.cohort import ADDED_LABELS, Addition, Case, Cohort, Role
 from nnunet_sam2.errors import InputError, refuse_all
 from nnunet_sam2.files.checks import strip_ending
-from nnunet_sam2.progress import say
 from nnunet_sam2.files.repairs import STRICT, Repairs
 from nnunet_sam2.geometry import Geometry
+from nnunet_sam2.progress import say
 from nnunet_sam2.review.hand_over import EXPORT_FILE, colours_of
 from nnunet_sam2.rounds.lock import acquired
 from nnunet_sam2.storage import TEMPORARY_MARK, file_hash, read_json

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import pickle
+import pickletools
 import re
 import stat
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -23,6 +25,7 @@ _STEM = "image_encoder.trunk.patch_embed.proj.weight"
 _BLOCK = re.compile(r"image_encoder\.trunk\.blocks\.(\d+)\.")
 _VERSION_2_1 = "no_obj_embed_spatial"
 _METADATA = "nnunet_sam2"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LONGEST_HEADER = 100_000_000
 """Bytes; safetensors itself reads no longer header."""
 _WAY_OUT = "give a SAM 2 checkpoint of Meta's release (.pt) or one converted to .safetensors"
@@ -65,12 +68,38 @@ def read_tensors(path: Path) -> StoredTensors:
     if _STEM not in state:
         raise InputError(f"{path} holds no SAM 2 image encoder ({len(state)} tensors, none named {_STEM}); {_WAY_OUT}")
     state = dict(sorted(state.items()))
+    for key, tensor in state.items():
+        if unfit := _unfit(key, tensor):
+            raise InputError(f"{path} holds {unfit} in {key}; weights are plain floats of 16 to 64 bits, save them so")
     broken = [key for key, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise InputError(
             f"{path} holds NaN or infinite weights, first in {broken[0]}; the file is damaged, get it anew"
         )
+    beyond = [key for key, tensor in state.items() if not bool(torch.isfinite(tensor.float()).all())]
+    if beyond:
+        raise InputError(
+            f"{path} holds weights beyond the range of 32 bit floats, first in {beyond[0]}; they would become "
+            "infinite, get the file anew"
+        )
     return StoredTensors(state=state, metadata=metadata)
+
+
+def _unfit(key: str, tensor: torch.Tensor) -> str | None:
+    """Say what makes a tensor none that weights are: checked before anything computes with it."""
+    if tensor.is_quantized:
+        return "a quantised tensor"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return "a sparse or nested tensor"
+    if tensor.device.type != "cpu":
+        return f"a tensor without values ({tensor.device.type})"
+    if tensor.dtype not in _FLOATS:
+        return f"{str(tensor.dtype).removeprefix('torch.')} values"
+    if any(step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True)):
+        return "one value that stands for many (stride 0)"
+    if tensor.ndim == 0 or (key == _STEM and tensor.ndim != 4):
+        return f"a tensor of {tensor.ndim} axes"
+    return None
 
 
 def check_file_kind(path: Path) -> str:
@@ -213,7 +242,7 @@ def _check_length(path: Path) -> None:
     if len(header) == length:
         try:
             whole += max(item["data_offsets"][1] for key, item in json.loads(header).items() if key != "__metadata__")
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             raise InputError(f"{path} is a damaged safetensors file (unreadable header); get it anew") from None
     if size < whole:
         raise InputError(f"{path} is damaged: it is cut off, {size} of at least {whole} bytes are there; get it anew")
@@ -226,13 +255,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str,
         with safe_open(path, framework="pt", device="cpu") as handle:
             metadata: dict[str, str] = handle.metadata() or {}
             state = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is a damaged safetensors file ({error}); get it anew") from None
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise InputError(f"{path} is a damaged safetensors file ({_first_line(error)}); get it anew") from None
     packed = metadata.pop(_METADATA, None)
     if packed is not None:
         try:
             metadata.update({str(key): str(value) for key, value in json.loads(packed).items()})
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             raise InputError(f"{path} has a damaged header entry {_METADATA}; get it anew") from None
     return state, metadata
 
@@ -241,7 +270,7 @@ def _read_torch(path: Path) -> dict[str, torch.Tensor]:
     try:
         value: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path) or "Unsupported" in str(error) or "WeightsUnpickler" in str(error):
+        if zipfile.is_zipfile(path) or _names_code(path):
             raise InputError(
                 f"{path} is refused: it holds Python objects beside tensors, which could run code when loaded; "
                 f"save its tensors alone, as .safetensors"
@@ -257,6 +286,24 @@ def _read_torch(path: Path) -> dict[str, torch.Tensor]:
     return {str(key).removeprefix("module."): tensor for key, tensor in value.items()}
 
 
+def _names_code(path: Path) -> bool:
+    """Say whether a pickle that is no archive calls for functions beside torch's; it is listed, not run."""
+    with path.open("rb") as handle:
+        return _lists_code(handle)
+
+
+def _lists_code(stream: IO[bytes]) -> bool:
+    while True:
+        try:
+            for operation, argument, _ in pickletools.genops(stream):
+                if operation.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
+                    return True
+                if operation.name == "GLOBAL" and not str(argument).startswith(("torch", "collections ")):
+                    return True
+        except Exception:  # the end, or bytes that are no pickle
+            return False
+
+
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:160]
@@ -270,6 +317,8 @@ def _what(head: bytes) -> str:
         return "a web page (the download failed or wanted a login)"
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer (fetch the file itself with: git lfs pull)"
+    if _lists_code(io.BytesIO(head)):
+        return "a pickle that names functions, which could run code when loaded"
     if start.startswith(b"{"):
         return "JSON text (perhaps a server's error message)"
     return "a file of another kind"
