@@ -132,7 +132,7 @@ ITK-SNAP   File > Open Main Image: {images[0]}; Segmentation > Open Segmentation
            Or: itksnap -g {images[0]} -s {label} -l labels_itksnap.txt
 3D Slicer  Add Data: {images[0]}, {label} (as LabelMap) and labels_slicer.ctbl; Data, right click on the label
            map: Convert to segmentation node; correct it in the Segment Editor; Segmentations > Export to files:
-           NIfTI, merged into one file, colour table labels_slicer.ctbl, so that values stay. A .seg.nrrd is read by its names.
+           NIfTI, merged into one file, colour table labels_slicer.ctbl, so that values stay; or a .seg.nrrd.
 napari     Open {label} with a NIfTI plug-in as labels layer over the image; save as .nii.gz with the same plug-in.
 
 Keep grid and values: 0 is background, the others are in labels_itksnap.txt. Then:
