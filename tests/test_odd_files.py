@@ -80,7 +80,7 @@ def test_a_header_cannot_have_another_file_read(name: str, head: str, tmp_path: 
 
 def test_a_long_header_does_not_hide_the_name_of_another_file(tmp_path: Path) -> None:
     (tmp_path / "secret.raw").write_bytes(b"\7")
-    head = "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 1 1 1\nencoding: raw\n" + "# x\n" * (1 << 15)
+    head = "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 1 1 1\nencoding: raw\n" + "# x\n" * (1 << 20)
     (tmp_path / "x.nrrd").write_text(head + "data file: secret.raw\n\n")
     with pytest.raises(InputError, match="header has no end"):
         read_stored(tmp_path / "x.nrrd")

@@ -174,9 +174,7 @@ def _check_label(
     if path is None:
         return frozenset(), False, Repairs()
     allowed = None if table is None else table.source_values
-    label_zyx, own, repairs = read_label_as(
-        path, policy, allowed=allowed, names=None if table is None else table.names
-    )
+    label_zyx, own, repairs = read_label_as(path, policy, allowed=allowed, names=None if table is None else table.names)
     if difference := geometry.mismatch(own):
         raise InputError(
             f"{case.images[0]} and its label {path} differ in {difference}; resample the label onto the image's grid"

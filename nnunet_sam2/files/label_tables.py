@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -270,16 +271,9 @@ def _itksnap(text: str) -> list[Segment]:
 def _beside(path: Path) -> tuple[Segment, ...]:
     """Read ITK-SNAP's descriptions in the file's folder: one with the file's own name, else the folder's."""
     stem = path.name.split(".")[0]
-    tables: dict[Path, tuple[Segment, ...]] = {}
-    for beside in sorted((*path.parent.glob("*.txt"), *path.parent.glob("*.label"))):
-        if not beside.is_file() or beside.stat().st_size > LONGEST_HEADER:
-            continue
-        text = beside.read_bytes().decode("utf-8", "replace")
-        if found := _itksnap(text):
-            tables[beside] = tuple(found)
+    tables, others = _descriptions(path.parent, path.parent.stat().st_mtime_ns)
     own = {p: t for p, t in tables.items() if p.name.split(".")[0] == stem}
     # A description that carries another label file's name is that file's.
-    others = {q.name.split(".")[0] for q in path.parent.iterdir() if q.suffix.lower() not in (".txt", ".label")}
     chosen = own or {p: t for p, t in tables.items() if p.name.split(".")[0] not in others}
     if len({frozenset((key_of(s.name), s.value) for s in t) for t in chosen.values()}) > 1:
         raise InputError(
@@ -287,3 +281,16 @@ def _beside(path: Path) -> tuple[Segment, ...]:
             "name each as its label file"
         )
     return next(iter(chosen.values()), ())
+
+
+@lru_cache(maxsize=8)
+def _descriptions(folder: Path, stamp_ns: int) -> tuple[Mapping[Path, tuple[Segment, ...]], Set[str]]:
+    """Return a folder's label descriptions and the names that its other files begin with; once for all its labels."""
+    tables: dict[Path, tuple[Segment, ...]] = {}
+    for path in sorted((*folder.glob("*.txt"), *folder.glob("*.label"))):
+        if not path.is_file() or path.stat().st_size > LONGEST_HEADER:
+            continue
+        if found := _itksnap(path.read_bytes().decode("utf-8", "replace")):
+            tables[path] = tuple(found)
+    others = {p.name.split(".")[0] for p in folder.iterdir() if p.suffix.lower() not in (".txt", ".label")}
+    return tables, others
