@@ -115,10 +115,18 @@ def convert(source: Path, folders: DatasetFolders, options: ConvertOptions) -> C
 @contextlib.contextmanager
 def _only_conversion(folders: DatasetFolders) -> Iterator[None]:
     """Hold the dataset id during the block; the operating system frees it when its holder dies."""
-    lock = FileLock(folders.raw.parent / f".Dataset{folders.dataset_id:03d}.lock")
+    path = folders.raw.parent / f".Dataset{folders.dataset_id:03d}.lock"
+    lock = FileLock(path)
+    locked = False
     try:
         folders.raw.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
+        # The one before may have taken its file away between our opening and our locking it.
+        locked = path.is_file()
+        if not locked:
+            lock.release()
+            lock.acquire(timeout=0)
+            locked = path.is_file()
     except Timeout:
         raise InputError(
             f"another convert is making dataset {folders.dataset_id} in {folders.raw.parent}; wait for it, or choose "
@@ -129,6 +137,8 @@ def _only_conversion(folders: DatasetFolders) -> Iterator[None]:
     try:
         yield
     finally:
+        if locked:
+            path.unlink(missing_ok=True)  # while it is held: whoever opened it meanwhile sees that it is gone
         lock.release()
 
 
