@@ -192,7 +192,7 @@ def test_the_tables_say_where_auto_is_behind(tmp_path: Path):
     readme = tmp_path / "readme.md"
     readme.write_text("<!-- labels: written by x -->\nstale\n<!-- labels: end -->\n")
     write_tables(results.read(), page, readme)
-    assert "| real images | 1 labelled | a copy | 3 labelled | a copy |" in readme.read_text()
+    assert "| real images | 1 labelled | no model | 3 labelled | no model |" in readme.read_text()
     assert "| ddsm_tissue | **0.700** |  | **0.825** | 0.500 |" in readme.read_text()
     text = page.read_text()
     assert text.startswith("before\n")

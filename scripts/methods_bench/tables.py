@@ -31,7 +31,7 @@ def write_tables(results: Mapping[str, Any], page: Path, readme: Path) -> None:
 
 
 def readme_table(results: Mapping[str, Any], checkpoint: str, seed: str = "seed 0") -> str:
-    """Return what `auto` makes of few labelled cases beside the better copy, set by set, for the README."""
+    """Return what `auto` makes of few labelled cases beside the best without a model, set by set, for the README."""
     cells: Cells = results["cells"]
     counts = sorted({row.split("/")[1] for row in cells if row.split("/")[0] != FEW_SHOT}, key=int)
     rows = []
@@ -48,7 +48,7 @@ def readme_table(results: Mapping[str, Any], checkpoint: str, seed: str = "seed 
         return ""
     header = ["real images"]
     for count in counts:
-        header += [f"{count} labelled", "a copy"]
+        header += [f"{count} labelled", "no model"]
     return table(header, rows)
 
 
