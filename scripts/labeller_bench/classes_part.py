@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-WANTED = ((1, 150), (4, 150), (13, 75), (13, 150))
+WANTED = ((13, 150), (13, 75), (4, 150), (1, 150))
 """Classes and slices. The classes of one are the liver's, of four those of the largest organs."""
 LARGEST = (6, 7, 1, 8)
 SET_NAME = "btcv_ct"
