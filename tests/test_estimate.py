@@ -154,8 +154,8 @@ def test_stages_are_those_of_a_run_in_their_order(estimator: Estimator) -> None:
     ]
     without = [stage.stage for stage in estimator(round_limit=1, skip_baseline=True, final_epochs=2).stages()]
     assert [name for name in without if name.startswith("r")] == [
-        *("r01/fuse", "r01/data", "r01/train"),
-        *("r02/data", "r02/train", "r02/predict", "r02/quality"),
+        *("r01/fuse", "r01/data", "r01/train", "r01/predict", "r01/quality"),
+        *("r02/refine", "r02/fuse", "r02/data", "r02/train", "r02/predict", "r02/quality"),
     ]
 
 

@@ -48,7 +48,9 @@ class ScriptedTraining:
         folds = [{"train": ids[1:], "val": ids[:1]}]
         self.run.ledger.run_stage("setup/plan", {}, lambda: StageResult(info={"folds": folds}), what="plan")
 
-    def make_data(self, number: int, *, labels: Fused | None, final: bool = False) -> None:
+    def make_data(
+        self, number: int, *, labels: Fused | None, warm_start: Student | None = None, final: bool = False
+    ) -> None:
         name = self.run.configuration_name(number, final=final)
         info = {"round": number, "configuration": name, "final": final}
         self.run.ledger.run_stage(f"r{number:02d}/data", {}, lambda: StageResult(info=info), what="data")

@@ -64,8 +64,11 @@ class Training:
         folds = make_splits(self.run.cohort)
         self.run.ledger.run_stage("setup/plan", {}, lambda: StageResult(info={"folds": folds}), what="plan")
 
-    def make_data(self, number: int, *, labels: Fused | None, final: bool = False) -> None:
+    def make_data(
+        self, number: int, *, labels: Fused | None, warm_start: Student | None = None, final: bool = False
+    ) -> None:
         self.story.given[number] = labels
+        self.story.started[number] = warm_start.number if warm_start else None
         self.story.names[number] = name = self.run.configuration_name(number, final=final)
         self.story.before_data(number)
         inputs = {"labels": labels and labels.digest}
@@ -121,6 +124,7 @@ class Story:
         self.folders = folders
         self.given: dict[int, Fused | None] = {}
         self.names: dict[int, str] = {}
+        self.started: dict[int, int | None] = {}
         self.trained: list[int] = []
         self.before_data: Callable[[int], object] = lambda number: None
         monkeypatch.setattr(orchestrator, "load_labeller", lambda options, cache_dir: None)
@@ -343,6 +347,20 @@ def test_a_new_run_learns_a_corrected_label_at_once_and_prompts_sam_2_with_it(st
     assert labels is not None
     assert labels.human_cases == (FIRST,)
     assert story.given[0] is None
+
+
+@pytest.mark.parametrize(("start", "from_round"), [("warm", 2), ("scratch", None)])
+def test_the_last_training_learns_from_labels_that_the_best_round_had_a_part_in(
+    start: str, from_round: int | None, fresh_dataset: DatasetFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = Story(fresh_dataset, monkeypatch)
+    story.go(final_epochs=1, final_start=start)
+    rounds, final = story.given[2], story.given[3]
+    assert rounds is not None
+    assert final is not None
+    assert final.folder == story.run / "r03" / "labels"
+    assert final.digest != rounds.digest
+    assert story.started[3] == from_round
 
 
 def test_a_second_final_training_has_a_number_and_a_name_of_its_own(

@@ -8,7 +8,7 @@ import sys
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.labelling.registry import parse_settings
-from nnunet_sam2.rounds.options import PROFILES, RunOptions
+from nnunet_sam2.rounds.options import FINAL_STARTS, PROFILES, RunOptions
 from nnunet_sam2.sam2.weights.registry import EMBEDDED
 
 _DEFAULTS = RunOptions()
@@ -106,6 +106,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--final-epochs", type=int, help="epochs of the training after the last round; 0: none (default: the profile's)"
     )
     parser.add_argument(
+        "--final-start",
+        choices=FINAL_STARTS,
+        help="what that training starts with: nothing, or the best round's weights (default: warm on the cpu profile)",
+    )
+    parser.add_argument(
         "--pseudo-per-batch",
         type=float,
         default=_DEFAULTS.pseudo_per_batch,
@@ -196,6 +201,7 @@ def options_of(args: argparse.Namespace) -> RunOptions:
         num_epochs=args.num_epochs,
         num_iterations_per_epoch=args.num_iterations_per_epoch,
         final_epochs=args.final_epochs,
+        final_start=args.final_start,
         seed=args.seed,
         device=device,
         threads=args.threads,

@@ -168,19 +168,13 @@ class RunContext:
             return None
         return nnunet.light_configuration(self.plans, self.options.configuration)
 
-    def settings(self, number: int, *, final: bool) -> RoundSettings:
-        """Return the settings of a round's training."""
+    def settings(self, number: int, *, final: bool, warm_start: Path | None = None) -> RoundSettings:
+        """Return the settings of a round's training, which starts with the weights of a checkpoint, if any."""
         settings = self.options.training(nnunet.light_settings(self.plans, self.options.configuration), final=final)
-        warm_start = None
-        trained = self._trained_before(number)
-        if trained is not None and not final:
-            before = self.options.round_configuration(trained)
-            folder = nnunet.fold_folder(self.folders, before, self.fold)
-            warm_start = str((folder / "checkpoint_final.pth").relative_to(self.folders.results))
         return replace(
             settings,
             seed=self.options.seed + number,
-            warm_start=warm_start,
+            warm_start=str(warm_start.relative_to(self.folders.results)) if warm_start else None,
             pseudo_per_batch=self.options.pseudo_per_batch if number > 0 else None,
         )
 
@@ -210,12 +204,6 @@ class RunContext:
             if event["event"] == "done" and event["stage"] == f"r{number:02d}/data":
                 return bool(event["info"].get("final", False))
         return None
-
-    def _trained_before(self, number: int) -> int | None:
-        """Return the last round before ``number`` that was trained, final trainings left out."""
-        trained = {e["stage"] for e in self.ledger.events if e["event"] == "done"}
-        found = [n for n in range(number) if f"r{n:02d}/train" in trained and self._is_final(n) is not True]
-        return max(found, default=None)
 
     def digest(self, stage: str) -> str:
         """Return the digest of a stage that was done."""

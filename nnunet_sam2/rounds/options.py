@@ -15,6 +15,8 @@ from nnunet_sam2.trainers.settings import RoundSettings
 PROFILES = ("gpu", "cpu")
 """``gpu``: the planned network with nnU-Net's schedule. ``cpu``: a lighter one, short enough for two cores."""
 
+FINAL_STARTS = ("scratch", "warm")
+
 _OF_A_MACHINE = ("device", "threads", "hang_minutes")
 
 FREE_OPTIONS = frozenset({"round_limit", *_OF_A_MACHINE})
@@ -55,6 +57,9 @@ class RunOptions:
     num_epochs: int | None = None
     num_iterations_per_epoch: int | None = None
     final_epochs: int | None = None
+    final_start: str | None = None
+    """What the last training starts with: ``scratch``, or ``warm`` with the weights of the best round; None: the
+    profile's."""
     seed: int = 12345
     device: str = "auto"
     threads: int | None = None
@@ -68,6 +73,8 @@ class RunOptions:
             raise InputError(f"-f {self.fold}: give a fold number or 'all'")
         if self.profile not in PROFILES:
             raise InputError(f"--profile {self.profile}: choose one of {', '.join(PROFILES)}")
+        if self.final_start not in (None, *FINAL_STARTS):
+            raise InputError(f"--final-start {self.final_start}: choose one of {', '.join(FINAL_STARTS)}")
         if self.supports not in ("train", "all"):
             raise InputError(f"--supports {self.supports}: choose 'train' or 'all'")
         if self.round_limit < 1:
@@ -130,6 +137,11 @@ class RunOptions:
     def has_final(self) -> bool:
         """Return whether a longer training follows the last round."""
         return bool(self.final_epochs) if self.final_epochs is not None else self.profile == "gpu"
+
+    @property
+    def starts_final_warm(self) -> bool:
+        """Return whether the last training goes on from the best round's weights; a full schedule needs none."""
+        return self.final_start == "warm" or (self.final_start is None and self.profile == "cpu")
 
     def identity(self) -> dict[str, Any]:
         """Return the options that determine the result, as a JSON value."""

@@ -81,7 +81,6 @@ def _alternate(run: RunContext, report: Report) -> None:
     student: Student | None = None
     labels: Fused | None = None
     students: dict[int, Student] = {}
-    labels_of: dict[int, Fused] = {}
     if not options.skip_baseline:
         nnunet.make_data(0, labels=None)
         student = students[0] = nnunet.train(0, warm_start=None)
@@ -99,10 +98,10 @@ def _alternate(run: RunContext, report: Report) -> None:
         refined = sam2.refine(number, student) if student is not None and number > 1 else None
         holds = review.of(number)
         support_labels = sam2.label_from_supports(number, holds)
-        labels = labels_of[number] = sam2.fuse(number, support_labels, student, refined, previous=labels, holds=holds)
+        labels = sam2.fuse(number, support_labels, student, refined, previous=labels, holds=holds)
         ending = health.of_labels(number, labels, student)
         if ending is None:
-            nnunet.make_data(number, labels=labels)
+            nnunet.make_data(number, labels=labels, warm_start=student)
             student = students[number] = nnunet.train(number, warm_start=student)
             outcomes.append(RoundOutcome(number=number, change=labels.change, validation_dice=student.validation_dice))
             say(_describe(outcomes[-1], options))
@@ -123,12 +122,14 @@ def _alternate(run: RunContext, report: Report) -> None:
         say(f"the model of round {best} is kept: those that know people's word are worse on the held-out labels")
 
     if options.has_final and best > 0:
-        # the labels of the best round, and the whole schedule that the rounds were too short for
+        # one long training on the labels that the best model so far gives: the rounds were too short for what they knew
         last = run.next_number(number, final=True)
-        # Of the rounds that know people's last word, where there was one.
-        source = best_round([o for o in outcomes if o.number >= max(1, since)] or outcomes)
-        nnunet.make_data(last, labels=labels_of.get(source, labels_of[best]), final=True)
-        students[last] = nnunet.train(last, warm_start=None, final=True)
+        nnunet.predict(students[best])
+        refined = sam2.refine(last, students[best])
+        final = sam2.fuse(last, support_labels, students[best], refined, previous=labels, holds=review.of(number))
+        start = students[best] if options.starts_final_warm else None
+        nnunet.make_data(last, labels=final, warm_start=start, final=True)
+        students[last] = nnunet.train(last, warm_start=start, final=True)
         outcomes.append(RoundOutcome(number=last, change=None, validation_dice=students[last].validation_dice))
         best = best_round([o for o in outcomes if o.number in (best, last)])
 

@@ -14,6 +14,7 @@ from nnunet_sam2.rounds.context import RunContext
 from nnunet_sam2.rounds.ledger import StageResult
 from nnunet_sam2.rounds.pseudo_labels import Fused
 from nnunet_sam2.support.library import PROBABILITIES
+from nnunet_sam2.trainers.settings import RoundSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +88,12 @@ class TrainingStages:
                 "learnt as background: take another fold with -f, or -f all"
             )
 
-    def make_data(self, number: int, *, labels: Fused | None, final: bool = False) -> None:
+    def make_data(
+        self, number: int, *, labels: Fused | None, warm_start: Student | None = None, final: bool = False
+    ) -> None:
         """Build the round's immutable configuration: human labels and, from round 1 on, pseudo-labels."""
         name = self.run.configuration_name(number, final=final)
-        settings = self.run.settings(number, final=final)
+        settings = self._settings(number, warm_start, final=final)
         inputs = {
             "setup": self.run.digest("setup/plan"),
             "labels": labels.digest if labels else None,
@@ -125,9 +128,9 @@ class TrainingStages:
         self.run.ledger.run_stage(f"r{number:02d}/data", inputs, work, what=f"configuration {name}")
 
     def train(self, number: int, *, warm_start: Student | None, final: bool = False) -> Student:
-        """Train the round's nnU-Net with ``nnUNetv2_train``; from round 1 on it starts with the last one's weights."""
+        """Train the round's nnU-Net with ``nnUNetv2_train``, from the weights of an earlier one where one is given."""
         name = self.run.configuration_name(number, final=final)
-        settings = self.run.settings(number, final=final)
+        settings = self._settings(number, warm_start, final=final)
         # the data stage hashes the configuration without the checkpoint to start from: the digest stands for it here
         inputs = {
             "data": self.run.digest(f"r{number:02d}/data"),
@@ -175,6 +178,9 @@ class TrainingStages:
             validation_dice=event["info"]["validation_dice"],
             digest=event["digest"],
         )
+
+    def _settings(self, number: int, warm_start: Student | None, *, final: bool) -> RoundSettings:
+        return self.run.settings(number, final=final, warm_start=warm_start.checkpoint if warm_start else None)
 
     def predict(self, student: Student) -> None:
         """Let the student segment the unlabelled cases, and the validation cases that check what prompts can do."""

@@ -71,7 +71,11 @@ class RunEstimator:
             yield from self._training(number, "with pseudo-labels", pseudo=unlabelled)
         last = options.round_limit
         if options.has_final:
+            yield from self._prediction(last)
             last += 1
+            if self.validation:
+                yield self._sam2(f"r{last:02d}/refine", "SAM 2, prompted by the student", self._refine())
+            yield self._fusion(f"r{last:02d}/fuse", "labels of the last training")
             yield from self._training(last, "the whole schedule, after the last round", pseudo=unlabelled, final=True)
         yield from self._prediction(last)
         yield self._fusion("finish/labels", "final labels")
