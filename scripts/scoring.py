@@ -41,15 +41,16 @@ def predict_test(
     *,
     threads: int,
     out: Path,
+    device: str = "cpu",
 ) -> None:
-    """Segment cases on the CPU with one model."""
+    """Segment cases with one model."""
     nnunet.predict_cases(
         folders,
         configuration,
         [fold if fold == "all" else int(fold)],
         {case.case_id: cohort.image_paths(case) for case in cases},
         out,
-        device="cpu",
+        device=device,
         log=out.parent / f"{out.name}.log",
         threads=threads,
     )

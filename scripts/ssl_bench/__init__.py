@@ -1,0 +1,1 @@
+"""Parts of ``bench_ssl.py``: protocols, arms, published figures, tables."""
