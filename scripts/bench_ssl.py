@@ -1,9 +1,9 @@
 """Judge the loop as semi-supervised methods are judged: all arms at the same number of iterations, final checkpoint.
 
-``bench_ssl.py --work DIR`` runs the arms of a split one after the other and writes docs/benchmarks/ssl.json and its table
-after each. A killed benchmark continues when started again, in the middle of a training as well: on a machine that is
-lent for minutes, ``timeout 590 python scripts/bench_ssl.py --profile gpu --device cuda --work DIR`` again and again ends
-with what one call would have given. Nothing is chosen on the test cases, and nothing is held out.
+``bench_ssl.py --work DIR`` runs the arms of a split one after the other and writes docs/benchmarks/ssl.json and its
+table after each. A killed benchmark continues when started again, in the middle of a training as well: on a machine that is
+at hand for minutes, ``timeout 590 python scripts/bench_ssl.py --profile gpu --device cuda --work DIR`` again and again
+ends with what one call would have given. Nothing is chosen on the test cases, and nothing is held out.
 """
 
 from __future__ import annotations
@@ -50,9 +50,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--set", choices=sorted(PROTOCOLS), default="acdc_ssl4mis")
     parser.add_argument("--labelled", type=int, default=3, help="labelled patients (default: %(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument(
-        "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help=", ".join(ARMS)
-    )
+    names = list(ARMS)
+    parser.add_argument("--arms", nargs="+", choices=names, default=names, metavar="ARM", help=", ".join(names))
     parser.add_argument("--iterations", type=int, default=4800, help="of every arm, all its trainings together")
     parser.add_argument("--profile", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--device", default="cpu")

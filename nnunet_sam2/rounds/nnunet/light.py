@@ -25,7 +25,8 @@ def light_configuration(plans: Mapping[str, Any], base_configuration: str) -> di
     """Return overrides of ``base_configuration`` with which it trains on a CPU.
 
     Features double from 16 to at most 128; 2D: patch of at most 256 x 256, in batches of about `PIXELS_2D` and
-    `LEAST_BATCH_2D` patches or more; 3D: patch of at most 128 Ki voxels, batch 2. A smaller patch gets the pooling that nnU-Net's planner would choose for it.
+    `LEAST_BATCH_2D` patches or more; 3D: patch of at most 128 Ki voxels, batch 2. A smaller patch gets the pooling
+    that nnU-Net's planner would choose for it.
     """
     base = resolved_configuration(dict(plans), base_configuration)
     flat = len(base["patch_size"]) == 2
