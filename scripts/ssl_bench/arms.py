@@ -121,6 +121,9 @@ def _train(
     arm: Arm, name: str, cohorts: Cohorts, cohort: Cohort, options: RunOptions, budget: Budget, out: Path
 ) -> tuple[str, int, float]:
     """Train on given labels for the whole budget; return configuration, iterations and seconds."""
+    out.mkdir(parents=True, exist_ok=True)
+    nnunet.plan_and_preprocess(cohorts.folders, cohort, options.configuration, log=out / "plan.log")
+    nnunet.write_splits(cohorts.folders, cohort)
     configuration = f"{options.configuration}_{options.branch}_{''.join(c for c in name if c.isalnum())}"
     plans = nnunet.read_plans(cohorts.folders)
     settings = options.training(nnunet.light_settings(plans, options.configuration), final=True)
@@ -141,7 +144,6 @@ def _train(
         confidence=confidence,
         overrides=nnunet.light_configuration(plans, options.configuration) if budget.profile == "cpu" else None,
     )
-    out.mkdir(parents=True, exist_ok=True)
     started, seconds_file = time.monotonic(), out / f"{configuration}_seconds.json"
     log = out / f"{configuration}_train.log"
     nnunet.train(cohorts.folders, configuration, FOLD, device=budget.device, log=log, threads=budget.threads)
