@@ -1,9 +1,9 @@
 """Judge the loop as semi-supervised methods are judged: all arms at the same number of iterations, final checkpoint.
 
 ``bench_ssl.py --work DIR`` runs the arms of a split one after the other and writes docs/benchmarks/ssl.json and its
-table after each. A killed benchmark continues when started again, in the middle of a training as well: on a machine that is
-at hand for minutes, ``timeout 590 python scripts/bench_ssl.py --profile gpu --device cuda --work DIR`` again
-and again ends with what one call would have given. Nothing is chosen on the test cases, and nothing is held out.
+table after each. A killed benchmark continues when started again, in the middle of a training as well: on a machine
+that is at hand for minutes, the same command under ``timeout 590``, again and again, ends with what one call would have
+given (``--profile gpu --device cuda``). Nothing is chosen on the test cases, and nothing is held out.
 """
 
 from __future__ import annotations
