@@ -94,11 +94,16 @@ def test_a_large_3d_patch_shrinks_and_its_network_still_fits(
     assert forward(light) == (1, 3, *light["patch_size"])
 
 
-def test_a_2d_patch_has_at_most_128_pixels_a_side_and_ten_a_batch() -> None:
-    light = light_configuration(plans([960, 96], [1.0, 1.0], [960.0, 96.0]), "base")
-    assert light["patch_size"] == [128, 96]
-    assert light["batch_size"] == 10
-    assert forward(light) == (1, 3, 128, 96)
+@pytest.mark.parametrize(
+    ("planned", "patch", "batch"),
+    [([960, 96], [256, 96], 7), ([256, 224], [256, 224], 4), ([64, 64], [64, 64], 10)],
+)
+def test_a_2d_patch_has_at_most_256_pixels_a_side_and_its_batch_about_as_many_pixels(
+    planned: list[int], patch: list[int], batch: int
+) -> None:
+    light = light_configuration(plans(planned, [1.0, 1.0], [float(n) for n in planned]), "base")
+    assert (light["patch_size"], light["batch_size"]) == (patch, batch)
+    assert forward(light) == (1, 3, *patch)
 
 
 def test_the_light_schedule_is_600_iterations_in_3d_and_400_in_2d() -> None:

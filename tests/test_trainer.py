@@ -16,6 +16,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.storage import read_json, write_json
+from nnunet_sam2.trainers import precision
 from nnunet_sam2.trainers.nnUNetTrainerSAM2 import nnUNetTrainerSAM2
 from nnunet_sam2.trainers.settings import SETTINGS_KEY, RoundSettings
 from nnunet_sam2.volumes import read_label, write_label
@@ -270,6 +271,38 @@ def test_adamw_and_threads_are_as_asked(roots: NnunetRoots, monkeypatch: pytest.
     assert isinstance(trainer.optimizer, torch.optim.AdamW)
     trainer.lr_scheduler.step(2)
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5**0.9)
+
+
+@pytest.mark.parametrize("configuration", ["2d", R01])
+def test_in_bfloat16_losses_are_near_those_in_full_and_the_weights_stay_float32(
+    configuration: str, roots: NnunetRoots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(1)
+    full = steps(make_trainer(roots, configuration), 3)
+    monkeypatch.setenv("nnUNet_sam2_cpu_precision", "bfloat16")
+    seen = set()
+    reduced, start = make_trainer(roots, configuration), nnUNetTrainerSAM2.on_train_start
+
+    def watch(trainer: Any) -> None:
+        start(trainer)
+        trainer.network.register_forward_hook(lambda module, given, output: seen.update({output[0].dtype}))
+
+    monkeypatch.setattr(nnUNetTrainerSAM2, "on_train_start", watch)
+    losses = steps(reduced, 3)
+    assert seen == {torch.bfloat16}
+    assert losses != full
+    assert losses == pytest.approx(full, abs=0.02)
+    assert {weight.dtype for weight in reduced.network.state_dict().values()} == {torch.float32}
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_precision_is_chosen_by_the_processor(has_units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "has_matrix_units", lambda: has_units)
+    assert precision.is_reduced("auto", torch.device("cpu")) is has_units
+    assert precision.is_reduced("bfloat16", torch.device("cpu"))
+    assert not precision.is_reduced("float32", torch.device("cpu"))
+    assert not precision.is_reduced("auto", torch.device("cuda"))
 
 
 def test_sequential_validation_writes_what_stock_writes(roots: NnunetRoots) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.trainers.precision import in_full
 
 _TINY = 1e-8
 
@@ -56,6 +57,9 @@ class ConfidenceLoss(nn.Module):
 
     def forward(self, output: Any, target: Any) -> Tensor:
         """Compute the loss of logits (batch, classes, ...) against nnU-Net's target, or of lists of scales."""
+        if torch.is_autocast_enabled("cpu"):
+            with in_full():
+                return self.forward(_as_float32(output), target)
         if self._confidence is None and self._annotated_bc is None:
             return self.stock(output, target)
         if not isinstance(self.stock, DeepSupervisionWrapper):
@@ -79,6 +83,10 @@ class ConfidenceLoss(nn.Module):
             f"confidence maps and partly annotated cases need nnU-Net's own loss, this trainer has "
             f"{type(stock).__name__}"
         )
+
+
+def _as_float32(output: Any) -> Any:
+    return [scale.float() for scale in output] if isinstance(output, (list, tuple)) else output.float()
 
 
 def at_scale(confidence: Tensor, shape: torch.Size) -> Tensor:

@@ -29,6 +29,7 @@ from nnunet_sam2.trainers.checkpoints import (
 from nnunet_sam2.trainers.dataset import RoundDataset, distrust_path
 from nnunet_sam2.trainers.loader import RoundDataLoader
 from nnunet_sam2.trainers.loss import ConfidenceLoss
+from nnunet_sam2.trainers.precision import computing, is_reduced
 from nnunet_sam2.trainers.settings import PROVENANCE_KEY, SETTINGS_KEY, RoundSettings
 from nnunet_sam2.trainers.split import Split, choose_split, read_or_make_splits
 from nnunet_sam2.trainers.validation import summarise, validate_sequentially
@@ -65,6 +66,7 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
         self.weight_decay = self.settings.weight_decay
         if self.settings.threads is not None and self.device.type == "cpu":
             torch.set_num_threads(self.settings.threads)
+        self._reduced = is_reduced(self.settings.cpu_precision, self.device)
         self.split: Split | None = None
         self.annotated = PartlyAnnotated()
         self.warm_started_from: dict[str, str] | None = None
@@ -81,6 +83,10 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
         if self.settings.seed is not None:
             randomness.seed_all(self.settings.seed)
         super().initialize()
+        if self._reduced:
+            self.print_to_log_file("this processor computes in bfloat16; weights and loss stay float32")
+            if len(self.configuration_manager.patch_size) == 2:
+                self.network.to(memory_format=torch.channels_last)
         if self.settings.warm_start is not None and not self._is_continued:
             self.warm_started_from = load_all_weights(self._plain_network(), self._warm_start_path())
             self.print_to_log_file(f"warm start: all weights of {self.warm_started_from['path']}")
@@ -157,11 +163,11 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
         """Run nnU-Net's step; where the batch carries distrust as one more channel, it weights the loss."""
         data, annotated_bc = batch["data"], self._annotated_in(batch)
         if data.shape[1] == self.num_input_channels:
-            with self.loss.weighted_by(None, annotated_bc):
+            with self.loss.weighted_by(None, annotated_bc), computing(reduced=self._reduced):
                 return super().train_step(batch)
         distrust = data[:, -1:].to(self.device, non_blocking=True)
         confidence = (1 - distrust).clamp_(0, 1)  # interpolation overshoots by a rounding error
-        with self.loss.weighted_by(confidence, annotated_bc):
+        with self.loss.weighted_by(confidence, annotated_bc), computing(reduced=self._reduced):
             return super().train_step({**batch, "data": data[:, :-1]})
 
     def validation_step(self, batch: dict) -> dict:
@@ -176,7 +182,7 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
         return validate_one_by_one(self._validation_step, batch, annotated_bc, background=background)
 
     def _validation_step(self, batch: dict, annotated_bc: torch.Tensor | None) -> dict:
-        with self.loss.weighted_by(None, annotated_bc):
+        with self.loss.weighted_by(None, annotated_bc), computing(reduced=self._reduced):
             return super().validation_step(batch)
 
     def on_train_start(self) -> None:
@@ -249,6 +255,7 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
                 "warm_start": self.warm_started_from,
                 "seconds": self._seconds_trained(),
                 "random_state": randomness.capture(),
+                "precision": "bfloat16" if self._reduced else "float32",
             },
         }
         write_checkpoint(checkpoint, Path(filename))

@@ -17,6 +17,8 @@ PROVENANCE_KEY = "provenance"
 
 ENVIRONMENT_PREFIX = "nnUNet_sam2_"
 OPTIMIZERS = ("sgd", "adamw")
+CPU_PRECISIONS = ("float32", "auto", "bfloat16")
+"""``auto``: bfloat16 where the processor has matrix units for it (AMX), which makes it twice as fast."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,8 @@ class RoundSettings:
     """Seed of all random numbers; with it and ``nnUNet_n_proc_DA=0`` a training on the CPU can be repeated exactly."""
     threads: int | None = None
     """Torch threads on the CPU; None leaves nnU-Net's choice, which is every core."""
+    cpu_precision: str = "float32"
+    """What a training on the CPU computes in: float32, as stock, bfloat16, or auto; see `precision`."""
     sequential_validation: bool = False
     """Run the final validation in this process, without worker processes that each import torch anew."""
     validation_mirroring: bool = True
@@ -58,6 +62,12 @@ class RoundSettings:
         for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}", self.optimizer)
+        _require(
+            self.cpu_precision in CPU_PRECISIONS,
+            "cpu_precision",
+            f"one of {', '.join(CPU_PRECISIONS)}",
+            self.cpu_precision,
+        )
         _require(self.initial_lr > 0, "initial_lr", "positive", self.initial_lr)
         _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
         share = self.pseudo_per_batch

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
+
 from nnunet_sam2.rounds.nnunet.base import resolved_configuration
 from nnunet_sam2.trainers.settings import RoundSettings
 
@@ -13,7 +15,7 @@ FIRST_FEATURES, MOST_FEATURES = 16, 128
 BATCH_3D = 2
 LONGEST_SIDE_2D = 256
 """A slice of usual size is seen whole: what sees a part of it draws organs where others lie, far from any."""
-PIXELS_2D, LEAST_BATCH_2D = 10 * 128 * 128, 4
+PIXELS_2D, BATCHES_2D = 10 * 128 * 128, (4, 10)
 MOST_VOXELS_3D = 128 * 1024
 """About 0.7 CPU-seconds a training step with two such patches; nnU-Net's own 3D patches take 10 times that."""
 
@@ -24,9 +26,9 @@ _NO_LIMIT = 999999
 def light_configuration(plans: Mapping[str, Any], base_configuration: str) -> dict[str, Any]:
     """Return overrides of ``base_configuration`` with which it trains on a CPU.
 
-    Features double from 16 to at most 128; 2D: patch of at most 256 x 256, in batches of about `PIXELS_2D` and
-    `LEAST_BATCH_2D` patches or more; 3D: patch of at most 128 Ki voxels, batch 2. A smaller patch gets the pooling
-    that nnU-Net's planner would choose for it.
+    Features double from 16 to at most 128; 2D: patch of at most 256 x 256, in batches of 4 to 10 patches, about
+    `PIXELS_2D`; 3D: patch of at most 128 Ki voxels, batch 2. A smaller patch gets the pooling that nnU-Net's planner
+    would choose for it.
     """
     base = resolved_configuration(dict(plans), base_configuration)
     flat = len(base["patch_size"]) == 2
@@ -39,7 +41,7 @@ def light_configuration(plans: Mapping[str, Any], base_configuration: str) -> di
         _set_stages(architecture["arch_kwargs"], strides, kernels)
     kwargs = architecture["arch_kwargs"]
     kwargs["features_per_stage"] = [min(FIRST_FEATURES * 2**i, MOST_FEATURES) for i in range(kwargs["n_stages"])]
-    batch = max(LEAST_BATCH_2D, round(PIXELS_2D / (patch[0] * patch[-1]))) if flat else BATCH_3D
+    batch = int(np.clip(round(PIXELS_2D / (patch[0] * patch[-1])), *BATCHES_2D)) if flat else BATCH_3D
     return {"patch_size": patch, "batch_size": batch, "architecture": architecture}
 
 
@@ -58,6 +60,7 @@ def light_settings(plans: Mapping[str, Any], base_configuration: str) -> RoundSe
         optimizer="adamw",
         initial_lr=1e-3,
         mirroring=False,
+        cpu_precision="auto",
         sequential_validation=True,
     )
 
