@@ -56,6 +56,39 @@ def test_small_mean_and_small_worst_tenth_together_are_convergence() -> None:
     assert stop_reason([_outcome(1), _outcome(2, mean=0.02, worst=0.02)], **RULE) is None
 
 
+def _followed(labels: list[np.ndarray]) -> StopReason | None:
+    """Follow label maps round by round as the loop does, to the first reason to stop other than the limit."""
+    outcomes = [_outcome(1)]
+    for n in range(1, len(labels)):
+        change = class_change(labels[n - 1], labels[n], (1,))[1]
+        outcomes.append(_outcome(n + 1, mean=change, worst=change))
+        two = class_change(labels[n - 2], labels[n], (1,))[1] if n > 1 else None
+        reason = stop_reason(outcomes, **{**RULE, "round_limit": 99}, two_round_change=two)
+        if reason:
+            return reason
+    return None
+
+
+def _noisy(label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return np.where(rng.random(label.shape) < 0.05, 1 - label, label)
+
+
+def test_labels_that_chance_alone_changes_have_converged_and_those_on_their_way_have_not() -> None:
+    rng = np.random.default_rng(0)
+    still = np.zeros((40, 40, 40), np.uint8)
+    still[8:28, 8:28, 8:28] = 1
+    assert _followed([_noisy(still, rng) for _ in range(4)]) is StopReason.CONVERGED
+    assert _followed([_noisy(np.roll(still, 2 * n, axis=0), rng) for n in range(6)]) is None
+    assert _followed([np.roll(still, 2 * n, axis=0) for n in range(6)]) is None
+    assert _followed([np.roll(still, 4 * (n % 2), axis=0) for n in range(6)]) is None
+
+
+def test_a_small_step_after_a_large_one_is_not_taken_for_noise() -> None:
+    rounds = [_outcome(1), _outcome(2, mean=0.3, worst=0.3), _outcome(3, mean=0.1, worst=0.2)]
+    assert stop_reason(rounds, **RULE, two_round_change=0.35) is None
+    assert stop_reason(rounds, **RULE, two_round_change=0.105) is StopReason.CONVERGED
+
+
 def test_the_round_limit_stops_what_does_not_converge() -> None:
     rounds = [_outcome(1), *(_outcome(n, mean=0.5, worst=0.9) for n in range(2, 7))]
     assert stop_reason(rounds[:5], **RULE) is None

@@ -140,6 +140,19 @@ def test_labels_that_settle_have_converged(ended: Callable[..., RunState]) -> No
     assert state.evidence == {}
 
 
+def test_labels_that_only_jitter_about_a_point_have_converged_and_the_run_says_how_it_knows(
+    ended: Callable[..., RunState],
+) -> None:
+    def jittering(shape: tuple[int, ...], number: int) -> np.ndarray:
+        rng = np.random.default_rng(number)
+        label = ball(shape, 5.0)
+        return np.where(rng.random(shape) < 0.02, 1 - np.minimum(label, 1), label).astype(label.dtype)
+
+    state = ended(jittering, round_limit=5)
+    assert state.stop_reason == "converged"
+    assert "move by no more than 0.01 a round" in state.evidence["text"]
+
+
 def test_a_run_that_goes_on_after_a_killed_process_says_so(
     ended: Callable[..., RunState], fresh_dataset: DatasetFolders, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -157,6 +157,16 @@ def swinging_labels(
     )
 
 
+def settled_but_for_noise(change: float, two_round_change: float, limit: float) -> Ending:
+    """Say of labels that move no further (`only_noise`) what shows it."""
+    return Ending(
+        reason=StopReason.CONVERGED,
+        text=f"labels are {change:.3f} from the last round's and {two_round_change:.3f} from those of the round before "
+        f"it: they move by no more than {limit:g} a round, the rest is what one training differs from another",
+        numbers={"change": change, "two_round_change": two_round_change, "limit": limit},
+    )
+
+
 def confirmed_errors(rounds: Sequence[RoundOutcome], signs: Mapping[int, Signs], *, drop: float) -> Ending | None:
     """Find a loop that learns its own errors: validation on human labels falls while labels agree with the student.
 

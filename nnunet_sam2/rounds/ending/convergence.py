@@ -75,8 +75,11 @@ def stop_reason(
     mean_change: float,
     worst_tenth_change: float,
     validation_drop: float,
+    two_round_change: float | None = None,
 ) -> StopReason | None:
     """Decide after a round whether the loop ends, and why.
+
+    ``two_round_change`` is the mean change to the labels of two rounds ago, where there are any.
 
     A fall of the validation Dice outranks convergence: labels that settle on something worse have not converged
     to anything worth having.
@@ -87,9 +90,20 @@ def stop_reason(
         return StopReason.VALIDATION_FELL
     if last.change is not None and last.change.mean <= mean_change and last.change.worst_tenth <= worst_tenth_change:
         return StopReason.CONVERGED
+    if last.change is not None and only_noise(last.change.mean, two_round_change, mean_change):
+        return StopReason.CONVERGED
     if last.number >= round_limit:
         return StopReason.ROUND_LIMIT
     return None
+
+
+def only_noise(change: float, two_round_change: float | None, limit: float) -> bool:
+    """Say whether labels still change, but move no further than ``limit`` a round.
+
+    Two students that learn from the same labels differ by chance. Labels that chance moves about a point are as far
+    from those of two rounds ago as from the last ones; what lies between the two distances is how far they moved.
+    """
+    return two_round_change is not None and abs(two_round_change - change) <= limit
 
 
 def kept_round(rounds: Sequence[RoundOutcome], *, since: int, drop: float) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from nnunet_sam2.rounds.context import RunContext
-from nnunet_sam2.rounds.ending.collapse import Ending, Signs, confirmed_errors, label_collapse
+from nnunet_sam2.rounds.ending.collapse import Ending, Signs, confirmed_errors, label_collapse, settled_but_for_noise
 from nnunet_sam2.rounds.ending.convergence import RoundOutcome, StopReason, stop_reason
 from nnunet_sam2.rounds.ending.signs import human_signs, measure_signs
 from nnunet_sam2.rounds.ledger import StageResult
@@ -45,14 +45,22 @@ class Health:
         confirmed = confirmed_errors(outcomes, self._signs, drop=options.validation_drop)
         if confirmed is not None:
             return confirmed
+        last = outcomes[-1]
+        two_round_change = self._signs[last.number].two_round_change if last.number in self._signs else None
         reason = stop_reason(
             outcomes,
             round_limit=options.round_limit,
             mean_change=options.mean_change,
             worst_tenth_change=options.worst_tenth_change,
             validation_drop=options.validation_drop,
+            two_round_change=two_round_change,
         )
-        return None if reason is None else Ending(reason=reason)
+        if reason is None:
+            return None
+        change = None if last.change is None or reason is not StopReason.CONVERGED else last.change.mean
+        if change is not None and two_round_change is not None and change > options.mean_change:
+            return settled_but_for_noise(change, two_round_change, options.mean_change)
+        return Ending(reason=reason)
 
     def _measure(self, number: int, student: Student | None) -> Signs:
         earlier = sorted(n for n in self._labels if n < number)
