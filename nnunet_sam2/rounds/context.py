@@ -171,10 +171,12 @@ class RunContext:
     def settings(self, number: int, *, final: bool, warm_start: Path | None = None) -> RoundSettings:
         """Return the settings of a round's training, which starts with the weights of a checkpoint, if any."""
         settings = self.options.training(nnunet.light_settings(self.plans, self.options.configuration), final=final)
+        warm_lr = self.options.warm_lr if warm_start is not None else None
         return replace(
             settings,
             seed=self.options.seed + number,
             warm_start=str(warm_start.relative_to(self.folders.results)) if warm_start else None,
+            initial_lr=settings.initial_lr if warm_lr is None else warm_lr,
             pseudo_per_batch=self.options.pseudo_per_batch if number > 0 else None,
         )
 

@@ -20,6 +20,7 @@ from nnunet_sam2.rounds.options import RunOptions
 from nnunet_sam2.rounds.orchestrator import run_loop
 from nnunet_sam2.rounds.state import read_state
 from nnunet_sam2.storage import read_json, write_json
+from nnunet_sam2.support.library import PROBABILITIES
 from ssl_bench.protocol import Cohorts, Protocol
 
 FOLD = "all"
@@ -27,6 +28,13 @@ FOLD = "all"
 ROUNDS = 2
 PARTS = (1, 1, 1, 3)
 """How the loop divides its iterations: labelled only, two rounds, the last training."""
+
+
+INGREDIENTS: Mapping[str, Mapping[str, Any]] = {
+    "cpu": {"ema_decay": 0.99, "copy_paste": 0.5, "soft_targets": True},
+    "gpu": {"ema_decay": 0.999, "copy_paste": 0.5, "soft_targets": True},
+}
+"""What the student learns with, by the length of the schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +48,20 @@ class Arm:
     longest_side: int | None = None
 
 
+WITHOUT: Mapping[str, Mapping[str, Any]] = {
+    "averaged weights": {"ema_decay": None},
+    "copy-paste": {"copy_paste": 0.0},
+    "soft targets": {"soft_targets": False},
+}
+"""Ingredients of the student, and the setting without each."""
+
 ARMS = {
     "labelled only": Arm(labels="human"),
     "labelled only, patch 128": Arm(labels="human", longest_side=128),
     "SAM 2 once": Arm(labels="sam2"),
     "loop": Arm(labels="rounds"),
     "last labels": Arm(labels="last"),
+    **{f"last labels less {name}": Arm(labels="last", settings=setting) for name, setting in WITHOUT.items()},
     "last labels, patch 128": Arm(labels="last", longest_side=128),
     "human labels for all": Arm(labels="all"),
 }
@@ -77,6 +93,7 @@ class Budget:
             branch=f"i{self.iterations}s{self.seed}",
             device=self.device,
             threads=self.threads,
+            **INGREDIENTS[self.profile],
         )
 
 
@@ -129,10 +146,10 @@ def _train(
     settings = options.training(nnunet.light_settings(plans, options.configuration), final=True)
     epochs = max(1, budget.iterations // settings.num_iterations_per_epoch)
     settings = replace(settings, num_epochs=epochs, seed=options.seed)
-    labels, confidence, pseudo = _learnt(arm.labels, cohorts, cohort, options)
+    labels, beside, pseudo = _learnt(arm.labels, cohorts, cohort, options)
     if arm.labels in ("sam2", "last"):
         settings = replace(settings, pseudo_per_batch=options.pseudo_per_batch)
-    settings = replace(settings, **arm.settings)
+    settings = replace(settings, **{"soft_targets": settings.soft_targets and beside, **arm.settings})
     nnunet.make_round_configuration(
         cohorts.folders,
         cohort,
@@ -141,7 +158,8 @@ def _train(
         settings=settings,
         pseudo_cases=pseudo,
         labels=labels,
-        confidence=confidence,
+        confidence=labels / CONFIDENCE if labels and beside else None,
+        probabilities=labels / PROBABILITIES if labels and settings.soft_targets else None,
         overrides=nnunet.light_configuration(plans, options.configuration) if budget.profile == "cpu" else None,
     )
     started, seconds_file = time.monotonic(), out / f"{configuration}_seconds.json"
@@ -153,24 +171,21 @@ def _train(
     return configuration, iterations, float(read_json(seconds_file))
 
 
-def _learnt(
-    labels: str, cohorts: Cohorts, cohort: Cohort, options: RunOptions
-) -> tuple[Path | None, Path | None, list[str]]:
-    """Return the folders of labels and confidences of the unlabelled cases, and which of these are learnt from."""
+def _learnt(labels: str, cohorts: Cohorts, cohort: Cohort, options: RunOptions) -> tuple[Path | None, bool, list[str]]:
+    """Return the unlabelled cases' labels, whether maps lie beside them, and which of the cases are learnt from."""
     everyone = [case.case_id for case in cohort.unlabelled]
     if labels == "human":
-        return None, None, []
+        return None, False, []
     if labels == "all":
-        return cohorts.truth, None, everyone
+        return cohorts.truth, False, everyone
     state = read_state(cohorts.folders, options.run_name)
     if labels == "sam2":
-        folder = state.folder / "sam2" / "unlabelled"
-        return folder, folder / CONFIDENCE, everyone
+        return state.folder / "sam2" / "unlabelled", True, everyone
     if state.stop_reason is None:
         raise SystemExit(f"{state.folder} has not ended; run the arm 'loop' first, whose labels this one learns from")
     last = state.rounds[-1]
     folder = state.folder / f"r{last.number:02d}" / "labels"
-    return folder, folder / CONFIDENCE, [case for case in everyone if case not in last.left_out]
+    return folder, True, [case for case in everyone if case not in last.left_out]
 
 
 def _scored(cohorts: Cohorts, cohort: Cohort, configuration: str, budget: Budget, out: Path) -> dict[str, Any]:
