@@ -18,7 +18,7 @@ from nnunet_sam2.trainers.dataset import (
     DistrustedImage,
     RoundDataset,
     distrust_from_confidence,
-    open_distrust,
+    open_maps,
     write_distrust,
 )
 from nnunet_sam2.trainers.transforms import _walk, carry_distrust, make_repeatable
@@ -53,25 +53,25 @@ def test_a_map_is_read_back_as_written_and_written_the_same_twice(tmp_path: Path
     first = write_distrust(tmp_path / "a", "case", distrust_zyx, (8, 8, 8))
     second = write_distrust(tmp_path / "b", "case", distrust_zyx, (8, 8, 8))
     assert file_hash(first) == file_hash(second)
-    np.testing.assert_array_equal(open_distrust(tmp_path / "a", "case", SHAPE)[:][0], distrust_zyx)
+    np.testing.assert_array_equal(open_maps(tmp_path / "a", "case", SHAPE)[:][0], distrust_zyx)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["case.b2nd"]
 
 
 def test_a_case_without_a_map_is_trusted(tmp_path: Path) -> None:
-    assert open_distrust(tmp_path, "case", SHAPE) is None
+    assert open_maps(tmp_path, "case", SHAPE) is None
 
 
 def test_a_map_of_another_shape_is_refused_by_name(tmp_path: Path, distrust_zyx: np.ndarray) -> None:
     write_distrust(tmp_path, "case", distrust_zyx[1:], (8, 8, 8))
     with pytest.raises(InputError, match=r"case\.b2nd is uint8 \(1, 8, 14, 12\)"):
-        open_distrust(tmp_path, "case", SHAPE)
+        open_maps(tmp_path, "case", SHAPE)
 
 
 @pytest.mark.parametrize("bbox", [[[2, 8], [0, 14], [3, 9]], [[-3, 5], [6, 20], [-2, 16]], [[4, 5], [-5, 20], [0, 12]]])
 def test_a_crop_is_the_crop_of_image_and_map_joined(tmp_path: Path, distrust_zyx: np.ndarray, bbox: list) -> None:
     image_czyx = np.random.default_rng(1).normal(size=(2, *SHAPE)).astype(np.float32)
     write_distrust(tmp_path, "case", distrust_zyx, (8, 8, 8))
-    lazy = DistrustedImage(image_czyx, open_distrust(tmp_path, "case", SHAPE))
+    lazy = DistrustedImage(image_czyx, open_maps(tmp_path, "case", SHAPE))
     slow = np.concatenate((image_czyx, distrust_zyx[None].astype(np.float32) / 255))
     assert lazy.shape == slow.shape
     np.testing.assert_array_equal(crop_and_pad_nd(lazy, bbox, 0), crop_and_pad_nd(slow, bbox, 0))

@@ -118,7 +118,13 @@ def test_half_trusted_cases_change_the_loss(roots: NnunetRoots) -> None:
     assert abs(np.subtract(steps(weighted, 2), steps(plain, 2))).max() > 1e-3
 
 
-def test_a_killed_training_ends_as_one_that_was_not(roots: NnunetRoots, tmp_path: Path) -> None:
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_killed_training_ends_as_one_that_was_not(
+    roots: NnunetRoots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, averaged: bool
+) -> None:
+    if averaged:
+        monkeypatch.setenv("nnUNet_sam2_ema_decay", "0.9")
+        monkeypatch.setenv("nnUNet_sam2_copy_paste", "0.7")
     straight = make_trainer(roots, R01)
     straight.run_training()
     whole = torch.load(Path(straight.output_folder) / "checkpoint_final.pth", weights_only=False)
@@ -158,6 +164,12 @@ def test_a_killed_training_ends_as_one_that_was_not(roots: NnunetRoots, tmp_path
 def _assert_ended_as(folder: Path, whole: dict, best: dict) -> None:
     again = torch.load(folder / "checkpoint_final.pth", weights_only=False)
     assert_same_weights(again["network_weights"], whole["network_weights"])
+    ours, other = again["nnunet_sam2"], whole["nnunet_sam2"]
+    assert ("ema" in ours) == ("ema" in other)
+    if "ema" in ours:
+        assert ours["ema"]["updates"] == other["ema"]["updates"] == 4 * 3
+        assert_same_weights(ours["ema"]["last"], other["ema"]["last"])
+        assert not torch.equal(*(next(iter(w.values())) for w in (ours["ema"]["last"], again["network_weights"])))
     for key in ("train_losses", "val_losses", "mean_fg_dice", "ema_fg_dice"):
         assert again["logging"][key] == whole["logging"][key]
     assert_same_weights(weights(folder / "checkpoint_best.pth"), best)

@@ -19,7 +19,7 @@ class RoundDataLoader(nnUNetDataLoader):
             if data.repeatable:
                 make_repeatable(transforms)
             if data.distrust_folder is not None:
-                transforms = carry_distrust(transforms)
+                transforms = carry_distrust(transforms, data.n_maps)
         super().__init__(data, *args, transforms=transforms, **kwargs)
 
     def get_indices(self) -> Any:

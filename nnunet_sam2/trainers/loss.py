@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.utilities.ddp_allgather import AllGatherGrad
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -40,23 +42,27 @@ class ConfidenceLoss(nn.Module):
         self.stock = stock
         self._confidence: Tensor | None = None
         self._annotated_bc: Tensor | None = None
+        self._soft: Tensor | None = None
 
     @contextmanager
-    def weighted_by(self, confidence: Tensor | None, annotated_bc: Tensor | None = None) -> Iterator[None]:
+    def weighted_by(
+        self, confidence: Tensor | None, annotated_bc: Tensor | None = None, *, soft: Tensor | None = None
+    ) -> Iterator[None]:
         """Weight the loss by confidence (batch, 1, z, y, x) or (batch, 1, y, x), 0 to 1, inside the block.
 
         ``annotated_bc`` (bool) says which channels were annotated in which sample; the background's always is. None
-        stands for full confidence, and for all channels.
+        stands for full confidence, and for all channels. ``soft`` are probabilities (batch, classes or regions, ...) of
+        the finest scale that take the place of nnU-Net's target; coarser scales have the nearest voxel's, as labels do.
         """
-        self._confidence, self._annotated_bc = confidence, annotated_bc
+        self._confidence, self._annotated_bc, self._soft = confidence, annotated_bc, soft
         try:
             yield
         finally:
-            self._confidence = self._annotated_bc = None
+            self._confidence = self._annotated_bc = self._soft = None
 
     def forward(self, output: Any, target: Any) -> Tensor:
         """Compute the loss of logits (batch, classes, ...) against nnU-Net's target, or of lists of scales."""
-        if self._confidence is None and self._annotated_bc is None:
+        if self._confidence is None and self._annotated_bc is None and self._soft is None:
             return self.stock(output, target)
         if not isinstance(self.stock, DeepSupervisionWrapper):
             return self._at_one_scale(self.stock, output, target)
@@ -71,14 +77,30 @@ class ConfidenceLoss(nn.Module):
             confidence = torch.ones_like(target[:, :1], dtype=torch.float32)
         else:
             confidence = at_scale(self._confidence, target.shape[2:])
+        if self._soft is not None:
+            return self._soft_at_one_scale(stock, output, target, confidence)
         if isinstance(stock, DC_and_CE_loss):
             return weighted_dice_and_cross_entropy(stock, output, target, confidence, self._annotated_bc)
         if isinstance(stock, DC_and_BCE_loss):
             return weighted_dice_and_binary_cross_entropy(stock, output, target, confidence, self._annotated_bc)
-        raise InputError(
-            f"confidence maps and partly annotated cases need nnU-Net's own loss, this trainer has "
-            f"{type(stock).__name__}"
-        )
+        raise _other_loss(stock)
+
+    def _soft_at_one_scale(self, stock: nn.Module, output: Tensor, target: Tensor, confidence: Tensor) -> Tensor:
+        if self._soft is None or not isinstance(stock, (DC_and_CE_loss, DC_and_BCE_loss)):
+            raise _other_loss(stock)
+        if isinstance(stock, DC_and_CE_loss) and stock.ignore_label is not None:
+            confidence = confidence * (target != stock.ignore_label)
+        if isinstance(stock, DC_and_BCE_loss) and stock.use_ignore_label:
+            confidence = confidence * (1 - target[:, -1:].float())
+        soft = nearest_at_scale(self._soft, target.shape[2:])
+        return soft_dice_and_cross_entropy(stock, output, soft, confidence, self._annotated_bc)
+
+
+def _other_loss(stock: nn.Module) -> InputError:
+    return InputError(
+        f"confidence maps, soft targets and partly annotated cases need nnU-Net's own loss, this trainer has "
+        f"{type(stock).__name__}"
+    )
 
 
 def at_scale(confidence: Tensor, shape: torch.Size) -> Tensor:
@@ -86,6 +108,13 @@ def at_scale(confidence: Tensor, shape: torch.Size) -> Tensor:
     if confidence.shape[2:] == shape:
         return confidence
     return functional.interpolate(confidence, tuple(shape), mode="area")
+
+
+def nearest_at_scale(soft: Tensor, shape: torch.Size) -> Tensor:
+    """Return probabilities at the shape of a deep supervision target, from the voxels that its labels come from."""
+    if soft.shape[2:] == shape:
+        return soft
+    return functional.interpolate(soft, tuple(shape), mode="nearest-exact")
 
 
 def merged_with_background(output: Tensor, annotated_bc: Tensor) -> Tensor:
@@ -155,15 +184,76 @@ def weighted_dice_and_binary_cross_entropy(
     if annotated_bc is not None:
         dice = mean_of_annotated(dice, annotated_bc, stock.dc)
     voxelwise = functional.binary_cross_entropy_with_logits(output, target.float(), reduction="none")
-    total = confidence.sum()
-    # Stock sums over regions but divides by voxels where an ignore label is in use, and takes the mean where not.
-    if not stock.use_ignore_label:
-        if annotated_bc is None:
-            total = total * target.shape[1]
-        else:
-            total = (confidence.flatten(1).sum(dim=1) * annotated_bc.to(output.device).sum(dim=1)).sum()
+    total = _binary_total(stock, confidence, target.shape[1], annotated_bc)
     binary_cross_entropy = (voxelwise * confidence).sum() / total.clamp_min(_TINY)
     return stock.weight_ce * binary_cross_entropy + stock.weight_dice * dice
+
+
+def soft_dice_and_cross_entropy(
+    stock: DC_and_CE_loss | DC_and_BCE_loss,
+    output: Tensor,
+    soft: Tensor,
+    confidence: Tensor,
+    annotated_bc: Tensor | None = None,
+) -> Tensor:
+    """Weight either loss with probabilities (batch, classes or regions, ...) as target; stock's where they are 0 or 1.
+
+    Dice takes the smaller one of prediction and target where nnU-Net multiplies them: the Dice semimetric loss of Wang
+    et al. (MICCAI 2023), which like cross-entropy is lowest where both are equal; a product would reward hardening.
+    """
+    is_regions = isinstance(stock, DC_and_BCE_loss)
+    if annotated_bc is not None:
+        known_bc = _like(annotated_bc, output)
+        if is_regions:
+            output, soft = torch.where(known_bc, output.float(), _NEVER), soft * known_bc
+        else:
+            output, soft = merged_with_background(output, annotated_bc), _open_as_background(soft, known_bc)
+    dice = soft_dice(stock.dc, output, soft, confidence)
+    if annotated_bc is not None:
+        of_dice_bc = annotated_bc if stock.dc.do_bg else annotated_bc[:, 1:]
+        dice = mean_of_annotated(dice, of_dice_bc, stock.dc)
+    if is_regions:
+        voxelwise = functional.binary_cross_entropy_with_logits(output, soft, reduction="none") * confidence
+        total = _binary_total(stock, confidence, soft.shape[1], annotated_bc)
+    else:
+        voxelwise = functional.cross_entropy(output, soft, reduction="none") * confidence[:, 0]
+        total = confidence.sum()
+    return stock.weight_ce * (voxelwise.sum() / total.clamp_min(_TINY)) + stock.weight_dice * dice
+
+
+def soft_dice(stock: MemoryEfficientSoftDiceLoss, output: Tensor, soft: Tensor, confidence: Tensor) -> Tensor:
+    """Compute `MemoryEfficientSoftDiceLoss` (``stock``) with the smaller one in the place of the product."""
+    predicted = stock.apply_nonlin(output)
+    if not stock.do_bg:
+        predicted, soft = predicted[:, 1:], soft[:, 1:]
+    axes = tuple(range(2, predicted.ndim))
+    with torch.no_grad():
+        weighed = soft * confidence
+    # Both are weighed alike, so the smaller one is as well.
+    predicted = predicted * confidence
+    sums = [torch.minimum(predicted, weighed).sum(axes), predicted.sum(axes), weighed.sum(axes)]
+    if stock.batch_dice:
+        if stock.ddp:
+            sums = [AllGatherGrad.apply(one).sum(0) for one in sums]
+        sums = [one.sum(0) for one in sums]
+    both, of_prediction, of_target = sums
+    return -((2 * both + stock.smooth) / (of_target + of_prediction + float(stock.smooth)).clamp_min(_TINY)).mean()
+
+
+def _open_as_background(soft: Tensor, known_bc: Tensor) -> Tensor:
+    """Give the background what a target has of classes that were not annotated."""
+    kept = soft * known_bc
+    return torch.cat([kept[:, :1] + (soft - kept).sum(dim=1, keepdim=True), kept[:, 1:]], dim=1)
+
+
+def _binary_total(stock: DC_and_BCE_loss, confidence: Tensor, regions: int, annotated_bc: Tensor | None) -> Tensor:
+    """Return what binary cross-entropy, summed over voxels and regions, is divided by."""
+    # Stock sums over regions but divides by voxels where an ignore label is in use, and takes the mean where not.
+    if stock.use_ignore_label:
+        return confidence.sum()
+    if annotated_bc is None:
+        return confidence.sum() * regions
+    return (confidence.flatten(1).sum(dim=1) * annotated_bc.to(confidence.device).sum(dim=1)).sum()
 
 
 def _like(annotated_bc: Tensor, output: Tensor) -> Tensor:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
@@ -19,6 +22,7 @@ from torch._dynamo import OptimizedModule
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.trainers import randomness
 from nnunet_sam2.trainers.annotated import PartlyAnnotated, validate_one_by_one
+from nnunet_sam2.trainers.averaging import WeightAverage
 from nnunet_sam2.trainers.checkpoints import (
     PROVENANCE,
     load_all_weights,
@@ -26,10 +30,12 @@ from nnunet_sam2.trainers.checkpoints import (
     versions,
     write_checkpoint,
 )
+from nnunet_sam2.trainers.copy_paste import draw_box, exchange, partners
 from nnunet_sam2.trainers.dataset import RoundDataset, distrust_path
 from nnunet_sam2.trainers.loader import RoundDataLoader
 from nnunet_sam2.trainers.loss import ConfidenceLoss
 from nnunet_sam2.trainers.settings import PROVENANCE_KEY, SETTINGS_KEY, RoundSettings
+from nnunet_sam2.trainers.soft_targets import soft_target
 from nnunet_sam2.trainers.split import Split, choose_split, read_or_make_splits
 from nnunet_sam2.trainers.validation import summarise, validate_sequentially
 
@@ -68,6 +74,8 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
         self.split: Split | None = None
         self.annotated = PartlyAnnotated()
         self.warm_started_from: dict[str, str] | None = None
+        self.average: WeightAverage | None = None
+        self.soft_cases: frozenset[str] = frozenset()
         self._is_continued = False
         self._random_state: dict[str, Any] | None = None
         self._seconds_before = 0.0
@@ -84,6 +92,10 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
         if self.settings.warm_start is not None and not self._is_continued:
             self.warm_started_from = load_all_weights(self._plain_network(), self._warm_start_path())
             self.print_to_log_file(f"warm start: all weights of {self.warm_started_from['path']}")
+        if self.settings.ema_decay is not None:
+            average = self.average = WeightAverage(self._plain_network(), self.settings.ema_decay)
+            # After the optimizer's steps alone: a step that the gradient scaler skips is none.
+            self.optimizer.register_step_post_hook(lambda *_: average.update())
         if self.settings.seed is not None and self.is_ddp:
             randomness.seed_all(self.settings.seed + 1 + self.local_rank)  # ranks must not draw the same batches
 
@@ -137,10 +149,14 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
             pseudo_cases=self.settings.pseudo_cases,
             pseudo_per_batch=self.settings.pseudo_per_batch,
             distrust_folder=folder,
+            n_soft=self._foreground_channels() if self.settings.soft_targets else 0,
             repeatable=self.settings.seed is not None,
         )
         if folder is not None:
             self.print_to_log_file(f"The loss is weighted with the distrust maps of {folder}")
+        self.soft_cases = training.soft_identifiers
+        if self.soft_cases:
+            self.print_to_log_file(f"{len(self.soft_cases)} cases are learnt from probabilities instead of labels")
         return training, validation
 
     def get_dataloaders(self) -> tuple[Any, Any]:
@@ -154,15 +170,22 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
             stock_module.nnUNetDataLoader = stock_loader
 
     def train_step(self, batch: dict) -> dict:
-        """Run nnU-Net's step; where the batch carries distrust as one more channel, it weights the loss."""
-        data, annotated_bc = batch["data"], self._annotated_in(batch)
-        if data.shape[1] == self.num_input_channels:
-            with self.loss.weighted_by(None, annotated_bc):
-                return super().train_step(batch)
-        distrust = data[:, -1:].to(self.device, non_blocking=True)
-        confidence = (1 - distrust).clamp_(0, 1)  # interpolation overshoots by a rounding error
-        with self.loss.weighted_by(confidence, annotated_bc):
-            return super().train_step({**batch, "data": data[:, :-1]})
+        """Run nnU-Net's step on the batch, copied and pasted, its loss weighted by the maps that it carries."""
+        target = [scale.to(self.device, non_blocking=True) for scale in self._scales(batch)]
+        joined = batch["data"].to(self.device, non_blocking=True)
+        data, maps = joined[:, : self.num_input_channels], joined[:, self.num_input_channels :]
+        annotated_bc = self._annotated_in(batch)
+        confidence, soft = None, None
+        if maps.shape[1]:
+            confidence = (1 - maps[:, -1:]).clamp_(0, 1)  # interpolation overshoots by a rounding error
+            soft = self._soft_target(batch["keys"], target[0], maps[:, :-1])
+        if self.settings.copy_paste and np.random.uniform() < self.settings.copy_paste:
+            pseudo = set(self.settings.pseudo_cases)
+            partner = partners([key in pseudo for key in batch["keys"]], annotated_bc)
+            box = draw_box(data.shape[2:])
+            exchange([one for one in (data, *target, confidence, soft) if one is not None], partner, box)
+        with self.loss.weighted_by(confidence, annotated_bc, soft=soft):
+            return super().train_step({"data": data, "target": target if self.enable_deep_supervision else target[0]})
 
     def validation_step(self, batch: dict) -> dict:
         """Run nnU-Net's step; a class counts nowhere in a case that was not annotated for it.
@@ -176,7 +199,7 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
         return validate_one_by_one(self._validation_step, batch, annotated_bc, background=background)
 
     def _validation_step(self, batch: dict, annotated_bc: torch.Tensor | None) -> dict:
-        with self.loss.weighted_by(None, annotated_bc):
+        with self.loss.weighted_by(None, annotated_bc), self._averaged():
             return super().validation_step(batch)
 
     def on_train_start(self) -> None:
@@ -229,8 +252,11 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
+        last = self._plain_network().state_dict()
+        with self._averaged():
+            weights = self._plain_network().state_dict()
         checkpoint = {
-            "network_weights": self._plain_network().state_dict(),
+            "network_weights": weights,
             "optimizer_state": self.optimizer.state_dict(),
             "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
             "logging": self.logger.get_checkpoint(),
@@ -248,6 +274,7 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
                 **({"annotated": self.annotated.to_json()} if self.annotated.known else {}),
                 "warm_start": self.warm_started_from,
                 "seconds": self._seconds_trained(),
+                **({"ema": {"updates": self.average.updates, "last": last}} if self.average else {}),
                 "random_state": randomness.capture(),
             },
         }
@@ -259,6 +286,11 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
         # First by our reader, which refuses what nnU-Net's would execute.
         provenance = read_checkpoint(Path(filename_or_checkpoint)).get(PROVENANCE)
         super().load_checkpoint(filename_or_checkpoint)
+        if self.average is not None:
+            averaged = (provenance or {}).get("ema")
+            self.average.restart(averaged["updates"] if averaged else 0)
+            if averaged:
+                self._plain_network().load_state_dict(averaged["last"])
         if provenance is not None:
             self._random_state = provenance["random_state"]
             self._seconds_before = provenance["seconds"]
@@ -269,6 +301,10 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Predict the validation cases and compare them with human labels."""
+        with self._averaged():
+            self._validate(save_probabilities)
+
+    def _validate(self, save_probabilities: bool) -> None:
         mirroring = self.settings.validation_mirroring
         if self.settings.sequential_validation and not self.is_ddp and not self._is_in_cascade():
             summary = validate_sequentially(self, save_probabilities=save_probabilities, mirroring=mirroring)
@@ -307,6 +343,25 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
             heads = self.label_manager.num_segmentation_heads
             return torch.ones((len(batch["keys"]), heads), dtype=torch.bool)
         return annotated_bc
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Give the network its averaged weights, where they are averaged, inside a block."""
+        return self.average.in_use() if self.average else nullcontext()
+
+    def _scales(self, batch: dict) -> list[torch.Tensor]:
+        return batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
+
+    def _foreground_channels(self) -> int:
+        labels = self.label_manager
+        return len(labels.foreground_regions if labels.has_regions else labels.foreground_labels)
+
+    def _soft_target(self, keys: Sequence[str], target: torch.Tensor, carried: torch.Tensor) -> torch.Tensor | None:
+        """Return the probabilities that a batch is learnt from; None where all of it has labels."""
+        soft_b = [key in self.soft_cases for key in keys]
+        if not any(soft_b):
+            return None
+        labels = self.label_manager
+        return soft_target(target, carried, soft_b, regions=labels.has_regions, ignore_label=labels.ignore_label)
 
     def _raw_folder(self) -> Path | None:
         return Path(nnUNet_raw) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
@@ -350,4 +405,5 @@ class _BudgetSpent(Exception):  # noqa: N818 - ends the epoch loop of run_traini
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key])
+    keys = [key for key in {**now, **before} if before.get(key) != now.get(key)]
+    return ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in keys)

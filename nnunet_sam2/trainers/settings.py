@@ -18,6 +18,9 @@ PROVENANCE_KEY = "provenance"
 ENVIRONMENT_PREFIX = "nnUNet_sam2_"
 OPTIMIZERS = ("sgd", "adamw")
 
+_LATER = ("human_cases", "ema_decay", "copy_paste", "soft_targets")
+"""Settings that came later: written only where they ask for something, so that earlier settings stay the same ones."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoundSettings:
@@ -41,6 +44,12 @@ class RoundSettings:
     """Fraction of each batch that is pseudo-labelled; None draws from all training cases alike, as stock does."""
     confidence_folder: str | None = None
     """Folder with distrust maps beside the preprocessed folder; None means ``<data_identifier>_conf``."""
+    ema_decay: float | None = None
+    """Decay a step of the weights' moving mean, which validates, predicts and labels; None keeps the last weights."""
+    copy_paste: float = 0.0
+    """Probability of a batch in which pairs of samples, a labelled and a pseudo-labelled one, exchange a box."""
+    soft_targets: bool = False
+    """Learn pseudo-labelled cases from the probabilities beside their distrust maps instead of their hard labels."""
     warm_start: str | None = None
     """Checkpoint whose weights, heads included, a new training starts from: absolute, or under the results folder."""
     seed: int | None = None
@@ -62,6 +71,9 @@ class RoundSettings:
         _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
         share = self.pseudo_per_batch
         _require(share is None or 0 <= share <= 1, "pseudo_per_batch", "between 0 and 1", share)
+        decay, pasted = self.ema_decay, self.copy_paste
+        _require(decay is None or 0 < decay < 1, "ema_decay", "between 0 and 1, or none", decay)
+        _require(0 <= pasted <= 1, "copy_paste", "between 0 and 1", pasted)
         _require(len(set(self.pseudo_cases)) == len(self.pseudo_cases), "pseudo_cases", "unique", self.pseudo_cases)
         _require(self.threads is None or self.threads >= 1, "threads", "at least 1", self.threads)
         _require(self.seed is None or 0 <= self.seed < 2**32, "seed", "0 to 2**32 - 1", self.seed)
@@ -74,8 +86,8 @@ class RoundSettings:
     def to_json(self) -> dict[str, Any]:
         """Return the settings as a JSON value, for a configuration's `SETTINGS_KEY`."""
         value = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        # Absent where there are none: settings that were written before there were any are the same ones.
-        return value if self.human_cases else {k: v for k, v in value.items() if k != "human_cases"}
+        stock = {field.name: field.default for field in fields(self)}
+        return {k: v for k, v in value.items() if k not in _LATER or getattr(self, k) != stock[k]}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RoundSettings:

@@ -1,4 +1,4 @@
-"""Distrust maps through nnU-Net's augmentation: moved with the image, left alone by what changes intensities."""
+"""Distrust and probabilities in nnU-Net's augmentation: moved with the image, left alone where intensities change."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 
 
 class TakeDistrustOut(BasicTransform):
-    """Make the image's last channel a regression target, which spatial transforms move and all others leave."""
+    """Make the image's last channels a regression target, which spatial transforms move and all others leave."""
+
+    def __init__(self, channels: int = 1) -> None:
+        super().__init__()
+        self.channels = channels
 
     def apply(self, data_dict: dict[str, Any], **params: Any) -> dict[str, Any]:
         """Split ``image`` (channels first) into ``image`` and ``regression_target``."""
-        data_dict["image"], data_dict["regression_target"] = data_dict["image"][:-1], data_dict["image"][-1:]
+        image, n = data_dict["image"], self.channels
+        data_dict["image"], data_dict["regression_target"] = image[:-n], image[-n:]
         return data_dict
 
 
 class PutDistrustBack(BasicTransform):
-    """Make the regression target the image's last channel again: nnU-Net's loader hands on images only."""
+    """Make the regression target the image's last channels again: nnU-Net's loader hands on images only."""
 
     def apply(self, data_dict: dict[str, Any], **params: Any) -> dict[str, Any]:
         """Join ``image`` and ``regression_target``."""
@@ -29,9 +34,9 @@ class PutDistrustBack(BasicTransform):
         return data_dict
 
 
-def carry_distrust(transforms: BasicTransform) -> BasicTransform:
-    """Wrap transforms so that the image's last channel is moved like the image and otherwise kept."""
-    return ComposeTransforms([TakeDistrustOut(), transforms, PutDistrustBack()])
+def carry_distrust(transforms: BasicTransform, channels: int = 1) -> BasicTransform:
+    """Wrap transforms so that the image's last channels are moved like the image and otherwise kept."""
+    return ComposeTransforms([TakeDistrustOut(channels), transforms, PutDistrustBack()])
 
 
 def make_repeatable(transforms: BasicTransform) -> None:
