@@ -122,8 +122,12 @@ def add_round(
     name: str,
     settings: RoundSettings,
     confidence: float | np.ndarray | None = 0.5,
+    sure: float | None = None,
 ) -> None:
-    """Add a round's configuration: the labelled cases, those of ``settings.pseudo_cases``, and their distrust maps."""
+    """Add a round's configuration: the labelled cases, those of ``settings.pseudo_cases``, and their distrust maps.
+
+    ``sure`` is the probability of each label in probabilities that lie behind the distrust.
+    """
     plans = roots.plans
     identifier = f"nnUNetPlans_{name}"
     shutil.copytree(
@@ -134,9 +138,10 @@ def add_round(
         preprocess(roots, base, case, image, label, data_identifier=identifier)
         if confidence is not None:
             shape = preprocessed_shape(roots.preprocessed / identifier, case)
+            soft_czyx = None if sure is None else soft_labels(roots, identifier, case, sure)
             distrust = distrust_from_confidence(np.broadcast_to(np.asarray(confidence), shape))
             patch_size = plans["configurations"][base]["patch_size"]
-            write_distrust(roots.preprocessed / f"{identifier}_conf", case, distrust, patch_size)
+            write_distrust(roots.preprocessed / f"{identifier}_conf", case, distrust, patch_size, soft_czyx=soft_czyx)
     add_configuration(
         roots, name, {"inherits_from": base, "data_identifier": identifier, SETTINGS_KEY: settings.to_json()}
     )
@@ -147,6 +152,16 @@ def add_configuration(roots: NnunetRoots, name: str, configuration: dict[str, An
     plans = roots.plans
     plans["configurations"][name] = configuration
     write_json(roots.preprocessed / "nnUNetPlans.json", plans)
+
+
+def soft_labels(roots: NnunetRoots, identifier: str, case: str, sure: float) -> np.ndarray:
+    """Return probabilities of the foreground channels: a preprocessed case's label has ``sure``, the others 0."""
+    import blosc2
+
+    labels = read_json(roots.preprocessed / "dataset.json")["labels"]
+    seg_zyx = blosc2.open(str(roots.preprocessed / identifier / f"{case}_seg.b2nd"), mode="r")[:][0]
+    foreground = [value for name, value in labels.items() if name not in ("background", "ignore")]
+    return np.stack([np.isin(seg_zyx, value) * np.float32(sure) for value in foreground])
 
 
 def preprocessed_shape(folder: Path, case: str) -> tuple[int, ...]:

@@ -60,9 +60,15 @@ def test_the_network_has_its_own_weights_back_after_an_error() -> None:
     network = nn.Linear(2, 2)
     average = WeightAverage(network, decay=0.9)
     nn.init.zeros_(network.weight)
-    with pytest.raises(KeyError), average.in_use():
-        assert network.weight.any()
+    seen = []
+
+    def fail() -> None:
+        seen.append(bool(network.weight.any()))
         raise KeyError
+
+    with pytest.raises(KeyError), average.in_use():
+        fail()
+    assert seen == [True]
     assert not network.weight.any()
 
 

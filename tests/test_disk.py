@@ -50,6 +50,17 @@ def test_a_training_needs_room_for_three_checkpoints_whatever_the_cohort() -> No
     )
 
 
+@pytest.mark.parametrize("kind", ["data", "fuse", "labels"])
+def test_soft_targets_need_room_for_every_class(kind: str) -> None:
+    more = stage_bytes(f"r01/{kind}", _size(soft_targets=True)) - stage_bytes(f"r01/{kind}", _size())
+    assert more >= 3 * 10_000 * disk.DISTRUST
+
+
+def test_averaged_weights_are_one_copy_more_in_a_checkpoint(cohort: Cohort) -> None:
+    plain, averaged = run_size(cohort), run_size(cohort, averaged=True)
+    assert disk.checkpoint_bytes(averaged) - disk.checkpoint_bytes(plain) == 4 * plain.parameters
+
+
 def test_a_stage_without_files_of_its_own_needs_no_room() -> None:
     assert stage_bytes("r01/signs", _size()) == 0
 

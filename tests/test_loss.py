@@ -10,7 +10,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.trainers.loss import ConfidenceLoss, at_scale
+from nnunet_sam2.trainers.loss import ConfidenceLoss, at_scale, soft_dice
 
 IGNORE = 3
 
@@ -128,6 +128,71 @@ def test_confidence_is_averaged_to_a_coarser_scale() -> None:
     confidence = torch.tensor([[[[1.0, 0.0], [1.0, 1.0]]]])
     assert at_scale(confidence, torch.Size((1, 1))).item() == 0.75
     assert at_scale(confidence, torch.Size((2, 2))) is confidence
+
+
+def one_hot(kind: str, target: torch.Tensor) -> torch.Tensor:
+    """Return a target as probabilities; ignored voxels become background."""
+    if kind == "regions":
+        return target[:, :2].float()
+    return torch.nn.functional.one_hot(torch.where(target == IGNORE, 0, target)[:, 0].long(), 3).movedim(-1, 1).float()
+
+
+@pytest.mark.parametrize("kind", ["labels", "regions"])
+@pytest.mark.parametrize("ignore", [False, True])
+@pytest.mark.parametrize("batch_dice", [False, True])
+@pytest.mark.parametrize("shape", [(5, 8, 6), (8, 6)])
+def test_one_hot_soft_targets_are_stock(kind: str, ignore: bool, batch_dice: bool, shape: tuple[int, ...]) -> None:
+    stock = stock_loss(kind, ignore=ignore, batch_dice=batch_dice)
+    logits, target = example(kind, ignore=ignore, shape=shape)
+    expected, expected_gradient = value_and_gradient(stock(logits, target), logits)
+    ours = ConfidenceLoss(stock)
+    with ours.weighted_by(None, soft=one_hot(kind, target)):
+        value, gradient = value_and_gradient(ours(logits, target), logits)
+    assert value == pytest.approx(expected, abs=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["labels", "regions"])
+@pytest.mark.parametrize("annotated", [None, [[True, True, True], [True, False, True]]])
+def test_one_hot_soft_targets_with_confidence_are_the_weighted_loss_at_all_scales(
+    kind: str, annotated: list[list[bool]] | None
+) -> None:
+    ours = ConfidenceLoss(DeepSupervisionWrapper(stock_loss(kind, ignore=False), (4 / 7, 2 / 7, 1 / 7, 0)))
+    shapes = [(8, 8, 8), (4, 4, 4), (2, 4, 2), (1, 1, 1)]
+    outputs = [example(kind, ignore=False, shape=shape)[0] for shape in shapes]
+    finest = example(kind, ignore=False, shape=shapes[0])[1]
+    annotated_bc = None if annotated is None else torch.tensor(annotated)[:, -outputs[0].shape[1] :]
+    if annotated_bc is not None:  # labels hold no class that was not annotated
+        finest = finest * annotated_bc.reshape(2, -1, 1, 1, 1) if kind == "regions" else finest.where(finest != 1, 0)
+    targets = [at_nearest(finest, shape) for shape in shapes]
+    confidence = torch.rand((2, 1, *shapes[0]), generator=torch.Generator().manual_seed(0))
+    with ours.weighted_by(confidence, annotated_bc):
+        expected = value_and_gradient(ours(outputs, targets), outputs[1])
+    with ours.weighted_by(confidence, annotated_bc, soft=one_hot(kind, finest)):
+        value, gradient = value_and_gradient(ours(outputs, targets), outputs[1])
+    assert value == pytest.approx(expected[0], abs=1e-6)
+    torch.testing.assert_close(gradient, expected[1], atol=1e-7, rtol=1e-5)
+
+
+def at_nearest(target: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Bring a target to a coarser scale as nnU-Net does."""
+    return torch.nn.functional.interpolate(target.float(), shape, mode="nearest-exact").to(target.dtype)
+
+
+@pytest.mark.parametrize("kind", ["labels", "regions"])
+def test_the_soft_loss_is_lowest_where_the_network_says_what_the_target_says(kind: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn((2, 2 if kind == "regions" else 3, 8, 6), generator=generator)
+    soft = logits.sigmoid() if kind == "regions" else logits.softmax(dim=1)
+    ours = ConfidenceLoss(stock_loss(kind, ignore=False))
+    target = torch.zeros((2, 2 if kind == "regions" else 1, 8, 6), dtype=torch.int16)
+    losses = []
+    for sharpness in (0.5, 1.0, 3.0):
+        with ours.weighted_by(torch.ones((2, 1, 8, 6)), soft=soft):
+            losses.append(float(ours(logits * sharpness, target)))
+    assert losses[1] < min(losses[0], losses[2])
+    dice = soft_dice(ours.stock.dc, logits, soft, torch.rand((2, 1, 8, 6), generator=generator))
+    assert float(dice) == pytest.approx(-1, abs=1e-6)
 
 
 def test_another_loss_is_refused() -> None:

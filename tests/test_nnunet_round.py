@@ -14,6 +14,7 @@ from nnunet_sam2.rounds.nnunet import configuration as round_configuration
 from nnunet_sam2.rounds.nnunet import read_plans
 from nnunet_sam2.rounds.nnunet.cases import load_preprocessing
 from nnunet_sam2.storage import file_hash
+from nnunet_sam2.support.library import write_probabilities
 from nnunet_sam2.trainers.settings import SETTINGS_KEY, RoundSettings
 from nnunet_sam2.volumes import read_label, write_label
 
@@ -87,6 +88,31 @@ def test_distrust_is_what_confidence_lacks_on_the_preprocessed_grid(planned: Dat
     assert (np.diff(along_x) < 0).all()
     assert along_x[0] > 240
     assert abs(along_x[-1] - 255 * 0.25) < 15
+
+
+def test_probabilities_lie_behind_the_distrust_of_machine_labels_on_the_preprocessed_grid(planned: Dataset) -> None:
+    import blosc2
+
+    later, machine = planned.unlabelled
+    values = planned.cohort.class_values
+    folder = planned.root / "probabilities"
+    for case in planned.cohort.unlabelled:
+        label, _ = read_label(planned.folders.raw / str(case.hidden_label))
+        one_hot = np.stack([label == value for value in (0, *values)]).astype(np.float32)
+        write_probabilities(folder / f"{case.case_id}.npz", 0.1 + 0.7 * one_hot)
+    made = small_round(planned, "3d_fullres_r01", human_cases=(later,), probabilities=folder)
+    opened = {c: blosc2.open(str(made.confidence_folder / f"{c}.b2nd"), mode="r")[:] for c in planned.unlabelled}
+    assert (len(opened[later]), len(opened[machine])) == (1, 1 + len(values))
+    seg = blosc2.open(str(made.data_folder / f"{machine}_seg.b2nd"), mode="r")[:][0]
+    prob = opened[machine][1:] / 255
+    assert prob.min() == pytest.approx(0.1, abs=0.01)
+    assert prob.max() == pytest.approx(0.8, abs=0.01)
+    for n, value in enumerate(values):
+        drawn = prob[n] > 0.45
+        assert 2 * (drawn & (seg == value)).sum() / (drawn.sum() + (seg == value).sum()) > 0.95
+    (folder / f"{machine}.npz").unlink()
+    with pytest.raises(InputError, match=rf"{machine}\.npz is missing"):
+        small_round(planned, "3d_fullres_r02", probabilities=folder)
 
 
 def test_the_plans_carry_the_rounds_settings_and_keep_the_others(planned: Dataset) -> None:

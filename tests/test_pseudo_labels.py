@@ -22,7 +22,7 @@ from nnunet_sam2.rounds.decisions.record import accepted_path
 from nnunet_sam2.rounds.pseudo_labels import Fused, fuse_cases
 from nnunet_sam2.rounds.sources import SAM2, STUDENT, Sources, mean_dice_by_class
 from nnunet_sam2.storage import file_hash, read_json
-from nnunet_sam2.support.library import write_probabilities
+from nnunet_sam2.support.library import read_probabilities, write_probabilities
 from nnunet_sam2.volumes import read_label, read_map, write_label
 
 
@@ -325,3 +325,26 @@ def test_a_fused_label_is_expected_to_be_better_than_sources_that_err_apart_and_
     assert apart[1] == pytest.approx(1 - 0.2 / 2**0.5)
     assert fused_estimate(sources, weights, {1: 1.0}, {1: 9}) == {1: pytest.approx(0.8)}
     assert fused_estimate({"a": {1: 0.0}, "b": {1: None}}, weights, {1: None}, {1: 0}) == {1: 0.0}
+
+
+def test_probabilities_are_kept_where_asked_and_say_what_people_say(cohort: Cohort, tmp_path: Path) -> None:
+    labels = _boxes(cohort, 0)
+    sam2 = _source(cohort, tmp_path / "sam2", labels, sure=0.8)
+    first, second = (case.case_id for case in cohort.unlabelled)
+    moved = _boxes(cohort, 4)[second]
+    drawn = tmp_path / "drawn.nii.gz"
+    write_label(drawn, moved, cohort.case(second).geometry)
+    human = Addition(label=str(drawn), sha256=file_hash(drawn), time="", source="", classes=(1,))
+    out = tmp_path / "out"
+    plain = _fuse(cohort, sam2, None, tmp_path / "plain")
+    fused = _fuse(cohort, sam2, None, out, holds={second: CaseHold(human=human)}, run=tmp_path, keep_probabilities=True)
+    assert not (tmp_path / "plain" / "probabilities").exists()
+    assert len(fused.files(".nii.gz")) == len(plain.files(".nii.gz")) + 2
+    machine = read_probabilities(out / "probabilities" / f"{first}.npz") / 255
+    np.testing.assert_array_equal(machine.argmax(axis=0), labels[first])
+    assert machine.max() == pytest.approx(0.8, abs=0.01)
+    settled = read_probabilities(out / "probabilities" / f"{second}.npz")
+    written, _ = read_label(out / f"{second}.nii.gz")
+    np.testing.assert_array_equal(written == 1, moved == 1)
+    np.testing.assert_array_equal(settled[1] == 255, moved == 1)
+    np.testing.assert_array_equal(settled.argmax(axis=0), written)

@@ -125,6 +125,7 @@ def test_a_value_that_would_fail_rounds_later_is_refused_at_once_by_the_options_
         {},
         {"profile": "cpu", "fold": "all", "branch": "two", "round_limit": 3, "final_epochs": 0, "skip_baseline": True},
         {"strategy": "transfer", "strategy_options": {"a": "1", "b": "x y"}, "image_size": 256, "mean_change": 0.005},
+        {"ema_decay": 0.99, "copy_paste": 0.5, "soft_targets": True, "warm_lr": 0.001},
         {"num_epochs": 3, "num_iterations_per_epoch": 7, "sam2": "some where.pt", "seed": 4, "supports": "all"},
     ],
 )

@@ -143,6 +143,16 @@ def test_options_that_change_the_result_are_part_of_the_identity_and_the_others_
     assert describe_difference(base.identity(), RunOptions(seed=1).identity()) == "--seed: 12345 -> 1"
 
 
+def test_a_run_from_before_there_were_these_options_is_the_one_without_them() -> None:
+    later = {"ema_decay": 0.99, "copy_paste": 0.5, "soft_targets": True, "warm_lr": 1e-3}
+    before = {name: value for name, value in RunOptions().to_json().items() if name not in later}
+    assert RunOptions.from_json(before, where="ledger").identity() == RunOptions().identity()
+    asked = RunOptions(**later)
+    assert asked.identity() != RunOptions().identity()
+    settings = asked.training(LIGHT)
+    assert (settings.ema_decay, settings.copy_paste, settings.soft_targets) == (0.99, 0.5, True)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -150,6 +160,9 @@ def test_options_that_change_the_result_are_part_of_the_identity_and_the_others_
         {"profile": "tpu"},
         {"round_limit": 0},
         {"pseudo_per_batch": 1.0},
+        {"ema_decay": 1.0},
+        {"copy_paste": 1.5},
+        {"warm_lr": 0.0},
         {"branch": "a/b"},
         {"mean_change": 2.0},
         {"num_epochs": 0},

@@ -60,6 +60,9 @@ def test_an_unknown_setting_is_refused_but_provenance_is_free() -> None:
         ("optimizer", "adam"),
         ("initial_lr", 0),
         ("pseudo_per_batch", 1.5),
+        ("ema_decay", 1),
+        ("copy_paste", -0.1),
+        ("soft_targets", 1),
         ("pseudo_cases", ["a", "a"]),
         ("pseudo_cases", "a"),
         ("confidence_folder", "../elsewhere"),
@@ -70,6 +73,15 @@ def test_an_unknown_setting_is_refused_but_provenance_is_free() -> None:
 def test_a_wrong_value_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(InputError, match=name):
         RoundSettings.from_json({name: value})
+
+
+def test_later_settings_are_written_only_where_they_ask_for_something() -> None:
+    assert not {"ema_decay", "copy_paste", "soft_targets"} & set(RoundSettings().to_json())
+    settings = RoundSettings(ema_decay=0.99, copy_paste=0.5, soft_targets=True)
+    assert RoundSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    environment = {"nnUNet_sam2_ema_decay": "0.9", "nnUNet_sam2_copy_paste": "1", "nnUNet_sam2_soft_targets": "false"}
+    overridden = RoundSettings.from_configuration({SETTINGS_KEY: settings.to_json()}, environment)
+    assert overridden == RoundSettings(ema_decay=0.9, copy_paste=1.0)
 
 
 def test_settings_without_later_human_labels_are_written_as_before_there_were_any() -> None:

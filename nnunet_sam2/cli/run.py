@@ -111,6 +111,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS.pseudo_per_batch,
         help="share of pseudo-labelled samples in a batch (default: %(default)s)",
     )
+    parser.add_argument(
+        "--ema-decay",
+        type=float,
+        metavar="DECAY",
+        help="average the student's weights with this decay a step, such as 0.99; the average predicts and labels "
+        "(default: the last step's weights)",
+    )
+    parser.add_argument(
+        "--copy-paste",
+        type=float,
+        default=_DEFAULTS.copy_paste,
+        metavar="SHARE",
+        help="share of the batches in which labelled and pseudo-labelled samples exchange a box (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--soft-targets",
+        action="store_true",
+        help="learn pseudo-labels as probabilities, weighted by confidence, instead of as hard labels",
+    )
+    parser.add_argument(
+        "--warm-lr",
+        type=float,
+        metavar="RATE",
+        help="first learning rate of trainings that start from the last round's weights (default: the profile's)",
+    )
     parser.add_argument("--branch", help="name of a new run beside an earlier one with other options")
     parser.add_argument("--seed", type=int, default=_DEFAULTS.seed)
     parser.add_argument("--device", "-device", default=_DEFAULTS.device, choices=["auto", "cpu", "cuda", "mps"])
@@ -193,6 +218,10 @@ def options_of(args: argparse.Namespace) -> RunOptions:
         least_quality=args.least_quality,
         skip_baseline=args.skip_baseline,
         pseudo_per_batch=args.pseudo_per_batch,
+        ema_decay=args.ema_decay,
+        copy_paste=args.copy_paste,
+        soft_targets=args.soft_targets,
+        warm_lr=args.warm_lr,
         num_epochs=args.num_epochs,
         num_iterations_per_epoch=args.num_iterations_per_epoch,
         final_epochs=args.final_epochs,

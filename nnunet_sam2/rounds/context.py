@@ -177,10 +177,12 @@ class RunContext:
             before = self.options.round_configuration(trained)
             folder = nnunet.fold_folder(self.folders, before, self.fold)
             warm_start = str((folder / "checkpoint_final.pth").relative_to(self.folders.results))
+        warm_lr = self.options.warm_lr if warm_start is not None else None
         return replace(
             settings,
             seed=self.options.seed + number,
             warm_start=warm_start,
+            initial_lr=settings.initial_lr if warm_lr is None else warm_lr,
             pseudo_per_batch=self.options.pseudo_per_batch if number > 0 else None,
         )
 

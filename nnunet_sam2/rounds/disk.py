@@ -67,7 +67,8 @@ class RunSize:
     """Voxels of nnU-Net's preprocessed grid for one of the image's own."""
     parameters: int = GPU_PARAMETERS
     copies: int = 3
-    """Values that a checkpoint holds for each weight: itself and what the optimizer keeps (SGD one, AdamW two)."""
+    """Values that a checkpoint holds for each weight: itself, what the optimizer keeps (SGD one, AdamW two), a mean."""
+    soft_targets: bool = False
 
 
 def run_size(
@@ -78,10 +79,13 @@ def run_size(
     configuration: str = "",
     overrides: Mapping[str, Any] | None = None,
     light: bool = False,
+    averaged: bool = False,
+    soft_targets: bool = False,
 ) -> RunSize:
     """Measure a run; with nnU-Net's ``plans`` by its grid and network, before there are any by careful guesses.
 
-    ``overrides`` are those of `light_configuration`, ``light`` says whether the network is the CPU profile's.
+    ``overrides`` are those of `light_configuration`, ``light`` says whether the network is the CPU profile's,
+    ``averaged`` whether its weights are averaged, ``soft_targets`` whether the fused probabilities are learnt from.
     """
     cases = (*cohort.labelled, *cohort.unlabelled)
     growth, parameters = 1.0, CPU_PARAMETERS if light else GPU_PARAMETERS
@@ -101,7 +105,8 @@ def run_size(
         classes=len(cohort.class_values),
         growth=growth,
         parameters=parameters,
-        copies=3 if light else 2,
+        copies=(3 if light else 2) + averaged,
+        soft_targets=soft_targets,
     )
 
 
@@ -112,6 +117,8 @@ def stage_bytes(stage: str, size: RunSize) -> int:
     see `embedding_bytes`. A stage without files of its own needs none.
     """
     labels = LABEL + CONFIDENCE + PROBABILITY * (size.classes + 1)
+    fused = labels if size.soft_targets else LABEL + CONFIDENCE
+    maps = DISTRUST * (1 + size.classes * size.soft_targets)
     grid = size.growth * (size.labelled_voxels + size.unlabelled_voxels)
     cases = size.labelled_cases + size.unlabelled_cases
     needed = {
@@ -119,12 +126,12 @@ def stage_bytes(stage: str, size: RunSize) -> int:
         "sam2_quality": labels * size.labelled_voxels,
         "sam2": labels * size.unlabelled_voxels,
         "refine": labels * (size.unlabelled_voxels + size.held_out_voxels),
-        "data": size.growth * size.unlabelled_voxels * (SEGMENTATION + DISTRUST)
+        "data": size.growth * size.unlabelled_voxels * (SEGMENTATION + maps)
         + size.unlabelled_cases * size.classes * LOCATIONS,
         "train": CHECKPOINTS * checkpoint_bytes(size) + TRAINING_EXTRAS + LABEL * size.held_out_voxels,
         "predict": (LABEL + PROBABILITY * (size.classes + 1)) * (size.unlabelled_voxels + size.held_out_voxels),
-        "fuse": (LABEL + CONFIDENCE) * size.unlabelled_voxels,
-        "labels": (LABEL + CONFIDENCE) * size.unlabelled_voxels,
+        "fuse": fused * size.unlabelled_voxels,
+        "labels": fused * size.unlabelled_voxels,
     }
     return math.ceil(needed.get(stage.rsplit("/", 1)[-1], 0.0))
 

@@ -168,6 +168,7 @@ class LabellingStages:
             "refined": refined is not None,
             "previous": previous.digest if previous else None,
             **({"review": holds_to_json(holds)} if holds else {}),
+            **({"probabilities": True} if self.run.options.soft_targets else {}),
         }
 
         def work() -> StageResult:
@@ -179,6 +180,7 @@ class LabellingStages:
                 least_quality=least,
                 holds=holds,
                 run=self.run.folder,
+                keep_probabilities=self.run.options.soft_targets,
             )
             return StageResult(files=fused.files(self.run.cohort.file_ending), info={**info, **fused.to_json()})
 

@@ -20,7 +20,15 @@ _OF_A_MACHINE = ("device", "threads", "hang_minutes")
 FREE_OPTIONS = frozenset({"round_limit", *_OF_A_MACHINE})
 """May change when a run is continued: they say how long and where, not what."""
 
-_SHARES = ("mean_change", "worst_tenth_change", "validation_drop", "least_quality", "empty_rise", "oscillation")
+_SHARES = (
+    "mean_change",
+    "worst_tenth_change",
+    "validation_drop",
+    "least_quality",
+    "empty_rise",
+    "oscillation",
+    "copy_paste",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +60,14 @@ class RunOptions:
     """Estimated Dice below which a class of a case is not learnt from; a case without another class is left out."""
     skip_baseline: bool = False
     pseudo_per_batch: float = 0.5
+    ema_decay: float | None = None
+    """Decay a step of the students' averaged weights, which predict and label; None keeps the last step's."""
+    copy_paste: float = 0.0
+    """Share of the batches in which labelled and pseudo-labelled samples exchange a box."""
+    soft_targets: bool = False
+    """Learn pseudo-labels as the fused probabilities, weighted by confidence, instead of as hard labels."""
+    warm_lr: float | None = None
+    """First learning rate of a training that starts from the last round's weights; None: the profile's."""
     num_epochs: int | None = None
     num_iterations_per_epoch: int | None = None
     final_epochs: int | None = None
@@ -74,6 +90,10 @@ class RunOptions:
             raise InputError("--rounds must be at least 1")
         if not 0 < self.pseudo_per_batch < 1:
             raise InputError("--pseudo-per-batch must lie between 0 and 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise InputError("--ema-decay must lie between 0 and 1")
+        if self.warm_lr is not None and not self.warm_lr > 0:
+            raise InputError("--warm-lr must be positive")
         if self.branch is not None and not re.fullmatch(r"[A-Za-z0-9]+", self.branch):
             raise InputError(f"--branch {self.branch}: use letters and digits")
         if self.fold == "0" and self.branch is not None and re.fullmatch(r"f([0-9]+|all)", self.branch):
@@ -124,6 +144,9 @@ class RunOptions:
             num_epochs=epochs,
             num_iterations_per_epoch=self.num_iterations_per_epoch or settings.num_iterations_per_epoch,
             sequential_validation=self.profile == "cpu",
+            ema_decay=self.ema_decay,
+            copy_paste=self.copy_paste,
+            soft_targets=self.soft_targets,
         )
 
     @property

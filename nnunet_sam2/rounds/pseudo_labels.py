@@ -22,7 +22,7 @@ from nnunet_sam2.rounds.decisions.labels import decide
 from nnunet_sam2.rounds.ending.convergence import Change, class_change, summarise_change
 from nnunet_sam2.rounds.sources import Sources
 from nnunet_sam2.storage import write_json
-from nnunet_sam2.support.library import read_probabilities
+from nnunet_sam2.support.library import PROBABILITIES, read_probabilities, write_probabilities
 from nnunet_sam2.volumes import read_label, write_label, write_map
 
 CONFIDENT = 0.5
@@ -39,7 +39,7 @@ class Fused:
     """Hold a round's pseudo-labels and how they came about."""
 
     folder: Path
-    """Holds ``CASE<ending>`` and ``confidence/CASE<ending>``."""
+    """Holds ``CASE<ending>``, ``confidence/CASE<ending>`` and, where kept, ``probabilities/CASE.npz``."""
     used_cases: tuple[str, ...]
     """Cases that the round trains on."""
     left_out: dict[str, str]
@@ -71,9 +71,11 @@ class Fused:
     digest: str = ""
 
     def files(self, file_ending: str) -> tuple[Path, ...]:
-        """Return all label and confidence files."""
-        names = [f"{case}{file_ending}" for case in sorted([*self.used_cases, *self.left_out])]
-        return tuple(path for name in names for path in (self.folder / name, self.folder / CONFIDENCE / name))
+        """Return all label and confidence files, and those of probabilities that were kept."""
+        cases = sorted([*self.used_cases, *self.left_out])
+        names = [f"{case}{file_ending}" for case in cases]
+        kept = [path for case in cases if (path := self.folder / PROBABILITIES / f"{case}.npz").is_file()]
+        return (*(path for name in names for path in (self.folder / name, self.folder / CONFIDENCE / name)), *kept)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as a JSON value; JSON wants text as keys."""
@@ -187,12 +189,13 @@ def fuse_cases(
     least_quality: float = 0.0,
     holds: Holds | None = None,
     run: Path | None = None,
+    keep_probabilities: bool = False,
 ) -> Fused:
     """Fuse the sources of every unlabelled case into ``out`` and compare with the labels in ``previous``.
 
     A case is fused by its own estimates where there are such, else by the cohort's. ``holds`` is people's word, which
     outranks all of this: `rounds.decisions.labels.decide` applies it to the fused label. ``run`` is the folder with the
-    labels that were accepted.
+    labels that were accepted. ``keep_probabilities`` writes what the labels were chosen by, for soft targets.
     """
     values, ending = cohort.class_values, cohort.file_ending
     human = [read_label(cohort.label_path(case))[0] for case in cohort.labelled]
@@ -220,6 +223,8 @@ def fuse_cases(
             fused = replace(fused, left_out="its label is empty: nnU-Net would learn it as background")
         write_label(out / f"{name}{ending}", fused.label_zyx, case.geometry)
         write_map(out / CONFIDENCE / f"{name}{ending}", fused.confidence_zyx, case.geometry)
+        if keep_probabilities:
+            write_probabilities(out / PROBABILITIES / f"{name}.npz", fused.prob_czyx)
         rows.add(name, fused, values, fused.confidence_zyx[(fused.label_zyx > 0) | in_doubt_zyx])
         if previous is not None:
             before, _ = read_label(previous / f"{name}{ending}")
@@ -271,7 +276,7 @@ class _Rows:
 
 
 def _decided(case: Case, hold: CaseHold, fused: FusedCase, *, cohort: Cohort, run: Path) -> FusedCase:
-    """Apply people's word to a fused case."""
+    """Apply people's word to a fused case; where it changes label or confidence, the label is all that is probable."""
     decided = decide(
         case,
         hold,
@@ -284,17 +289,27 @@ def _decided(case: Case, hold: CaseHold, fused: FusedCase, *, cohort: Cohort, ru
         left_out=fused.left_out,
         distrusted=fused.distrusted,
     )
+    changed_zyx = (decided.label_zyx != fused.label_zyx) | (decided.confidence_zyx != fused.confidence_zyx)
     drawn = () if hold.human is None else tuple(sorted(hold.human.classes or cohort.class_values))
     return replace(
         fused,
         label_zyx=decided.label_zyx,
         confidence_zyx=decided.confidence_zyx,
+        prob_czyx=_settled(fused.prob_czyx, decided.label_zyx, changed_zyx, cohort.class_values),
         estimate=decided.estimate,
         left_out=decided.left_out,
         distrusted=decided.distrusted,
         drawn=drawn,
         accepted=tuple(sorted(set(hold.accepted) - set(drawn))),
     )
+
+
+def _settled(
+    prob_czyx: np.ndarray, label_zyx: np.ndarray, where_zyx: np.ndarray, class_values: Sequence[int]
+) -> np.ndarray:
+    """Return probabilities that are the label's alone in some voxels."""
+    values = np.array([0, *class_values])
+    return np.where(where_zyx[None], label_zyx[None] == values[:, None, None, None], prob_czyx).astype(np.float32)
 
 
 def _of_case(cohort: Mapping[int, float], case: DiceTable | None) -> DiceTable:

@@ -41,6 +41,8 @@ class Room:
             configuration=run.options.configuration,
             overrides=run.overrides if planned else None,
             light=run.options.profile == "cpu",
+            averaged=run.options.ema_decay is not None,
+            soft_targets=run.options.soft_targets,
         )
 
     def _kept(self, stage: str) -> list[Path]:

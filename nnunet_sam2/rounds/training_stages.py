@@ -109,6 +109,7 @@ class TrainingStages:
                 human_cases=labels.human_cases if labels else (),
                 labels=labels.folder if labels else None,
                 confidence=labels.folder / CONFIDENCE if labels else None,
+                probabilities=labels.folder / PROBABILITIES if labels and settings.soft_targets else None,
                 overrides=self.run.overrides,
             )
             return StageResult(

@@ -168,6 +168,8 @@ def _estimator(
             configuration=options.configuration,
             overrides=overrides,
             light=light,
+            averaged=options.ema_decay is not None,
+            soft_targets=options.soft_targets,
         ),
         planned=planned,
         unprepared=_unprepared(folders, cohort, options) if planned else cohort.unlabelled,

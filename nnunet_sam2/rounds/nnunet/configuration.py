@@ -11,9 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.labelling.fusion import as_probability
 from nnunet_sam2.progress import track
 from nnunet_sam2.rounds.nnunet.base import (
     PLANS,
@@ -38,6 +41,7 @@ from nnunet_sam2.rounds.nnunet.cases import (
 )
 from nnunet_sam2.rounds.nnunet.plan import labelled_key, require_unchanged
 from nnunet_sam2.storage import atomic_folder, file_hash, read_json, value_hash, write_json
+from nnunet_sam2.support.library import read_probabilities
 from nnunet_sam2.trainers.settings import SETTINGS_KEY, RoundSettings
 from nnunet_sam2.volumes import read_label, read_map
 
@@ -53,6 +57,7 @@ def make_round_configuration(
     human_cases: Sequence[str] = (),
     labels: Path | None = None,
     confidence: Path | None = None,
+    probabilities: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     plans: str = PLANS,
 ) -> RoundConfiguration:
@@ -60,8 +65,10 @@ def make_round_configuration(
 
     ``human_cases`` are those of the pseudo cases whose label a person drew: they count as labelled ones in training.
     ``labels`` holds ``CASE<file_ending>`` of every pseudo case, ``confidence`` (if given) ``CASE<file_ending>`` with
-    values 0 to 1. Without pseudo cases this is a round on human labels alone. ``settings`` receives the pseudo cases
-    and the confidence folder here. ``overrides`` are configuration keys such as `light_configuration` returns.
+    values 0 to 1, and ``probabilities`` (if given, beside confidence) ``CASE.npz``, which the cases without a human
+    label are learnt from where ``settings.soft_targets`` says so. Without pseudo cases this is a round on human labels
+    alone. ``settings`` receives the pseudo cases and the confidence folder here. ``overrides`` are configuration keys
+    such as `light_configuration` returns.
     The data are what nnU-Net's preprocessor would make of these images and labels, with -1 as background outside the
     image's nonzero region; only the segmentations are computed. Raises `InputError` where ``name`` exists with other
     content.
@@ -87,7 +94,10 @@ def make_round_configuration(
             SETTINGS_KEY: settings.to_json(),
         }
     )
-    inputs = {case: _case_files(case, cohort, labels, confidence) for case in pseudo_cases}
+    inputs = {
+        case: _case_files(case, cohort, labels, confidence, None if case in human else probabilities)
+        for case in pseudo_cases
+    }
     key = value_hash(
         {
             "base": resolved_configuration(all_plans, base_configuration),
@@ -136,9 +146,13 @@ def _check(cohort: Cohort, base: str, name: str, pseudo_cases: Sequence[str], la
             raise InputError(f"case {case} has a human label; a machine label may not take its place")
 
 
-def _case_files(case_id: str, cohort: Cohort, labels: Path | None, confidence: Path | None) -> list[Path]:
-    """Return the label file and, if there are confidences, the confidence file of a pseudo case."""
+def _case_files(
+    case_id: str, cohort: Cohort, labels: Path | None, confidence: Path | None, probabilities: Path | None
+) -> list[Path]:
+    """Return the label file of a pseudo case and, if there are such, its confidence and its probability file."""
     paths = [folder / f"{case_id}{cohort.file_ending}" for folder in (labels, confidence) if folder is not None]
+    if probabilities is not None:
+        paths.append(probabilities / f"{case_id}.npz")
     for path in paths:
         if not path.is_file():
             raise InputError(f"{path} is missing: every pseudo case of a round needs it")
@@ -215,7 +229,21 @@ def _write_pseudo_case(
     if len(files) > 1:
         confidence_zyx, _ = read_map(files[1])
         mapped_zyx = preprocess_map(confidence_zyx, properties, loaded)[0]
-        write_distrust(distrust, case_id, distrust_from_confidence(mapped_zyx), patch_size)
+        soft_czyx = _soft_targets(files[2], properties, loaded) if len(files) > 2 else None
+        write_distrust(distrust, case_id, distrust_from_confidence(mapped_zyx), patch_size, soft_czyx=soft_czyx)
+
+
+def _soft_targets(path: Path, properties: dict[str, Any], loaded: Preprocessing) -> np.ndarray:
+    """Return probabilities of the network's channels, background left out, on the preprocessed grid (c, z, y, x)."""
+    prob_czyx = read_probabilities(path)
+    labels = loaded.plans.get_label_manager(loaded.dataset)
+    channel_of = {int(value): n for n, value in enumerate(labels.all_labels)}
+    soft = []
+    for wanted in labels.foreground_regions if labels.has_regions else labels.foreground_labels:
+        values = wanted if isinstance(wanted, (tuple, list)) else (wanted,)
+        prob_zyx = as_probability(prob_czyx[[channel_of[int(value)] for value in values]]).sum(axis=0)
+        soft.append(preprocess_map(prob_zyx, properties, loaded)[0])
+    return np.stack(soft)
 
 
 def _link(source: Path, target: Path) -> None:
