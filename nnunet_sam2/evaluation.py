@@ -13,9 +13,10 @@ import numpy as np
 from nnunet_sam2.cohort.layouts.found import image_files
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.checks import strip_ending
+from nnunet_sam2.files.repairs import STRICT
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.progress import track
-from nnunet_sam2.volumes import read_label
+from nnunet_sam2.volumes import read_label_as
 
 METRICS = ("dice", "hd95", "hd", "nsd")
 DEFAULT_NSD_TOLERANCE_MM = 1.0
@@ -34,13 +35,16 @@ def evaluate(
     declared_values: Collection[int] | None = None,
     allow_missing: bool = False,
     annotated: Mapping[str, Collection[int]] | None = None,
+    names: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Compare two label files, or the files of the same name in two folders.
 
     Returns a JSON value with ``mean``, ``classes`` (one entry a class) and ``cases`` (one entry a case, with
     ``classes`` inside); each holds ``dice``, ``hd95``, ``hd`` and ``nsd``, see `compare`. A class's value is the mean
     over the cases, the overall mean the mean over the classes, both without nulls. ``annotated`` holds the values that
-    a reference was annotated for, by case, where not for all: classes with others count nowhere in it. Raises
+    a reference was annotated for, by case, where not for all: classes with others count nowhere in it. With ``names``,
+    the declared names and their values, files with label tables of their own are mapped by their names, and
+    ``renamed`` says which were changed by that, and how. Raises
     `InputError` for a missing prediction (unless ``allow_missing``), for grids that differ, and for values that are
     not among ``declared_values`` where these are known.
     """
@@ -49,9 +53,12 @@ def evaluate(
     classes = class_table(class_values)
     pairs = match_files(reference, prediction, allow_missing=allow_missing)
     cases: dict[str, dict[str, Any]] = {}
+    renamed: dict[str, str] = {}
     for case_id, (reference_file, prediction_file) in track(pairs.items(), what="evaluating", total=len(pairs)):
-        truth_zyx, geometry = read_label(reference_file, allowed=declared_values)
-        guess_zyx, own = read_label(prediction_file, allowed=declared_values)
+        truth_zyx, geometry, told = read_label_as(reference_file, STRICT, allowed=declared_values, names=names)
+        guess_zyx, own, guess_told = read_label_as(prediction_file, STRICT, allowed=declared_values, names=names)
+        both = ((reference_file, told.renamed), (prediction_file, guess_told.renamed))
+        renamed |= {str(file): changes for file, changes in both if changes}
         if difference := geometry.mismatch(own):
             raise InputError(
                 f"{reference_file} and {prediction_file} differ in {difference}; resample the prediction onto the "
@@ -76,6 +83,7 @@ def evaluate(
         "mean": _mean(by_class.values()),
         "classes": by_class,
         "cases": cases,
+        **({"renamed": renamed} if renamed else {}),
         "options": {"nsd_tolerance_mm": nsd_tolerance_mm, "ignore_value": ignore_value, "cases": len(cases)},
     }
 

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.archives import is_archive, only_folder, unpack
+from nnunet_sam2.files.label_tables import by_names, read_label_table
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.progress import track
 from nnunet_sam2.volumes import as_label, read_stored
@@ -51,10 +52,12 @@ def check_submission(
     ending: str,
     root: str = "",
     allowed: Collection[int] | None = None,
+    names: Mapping[str, int] | None = None,
 ) -> list[Problem]:
     """List every fault of a folder or zip of label files: one file a case, called ``root/CASE`` with ``ending``.
 
-    A label file has whole numbers as its number type, holds no value but ``allowed``, and lies on its image's grid.
+    A label file has whole numbers as its number type, holds no value but ``allowed``, lies on its image's grid, and has
+    no label table that gives its values other names than ``names`` declares: who reads it may go by the values alone.
     Raises `InputError` where the submission cannot be looked into at all.
     """
     with _opened(submission) as folder:
@@ -67,7 +70,7 @@ def check_submission(
         problems = _misplaced(files, expected)
         for name, case_id in track(expected.items(), what="checking", total=len(expected)):
             if name in files:
-                problem = _check_file(files[name], name, cases[case_id], allowed)
+                problem = _check_file(files[name], name, cases[case_id], allowed, names)
                 problems += [problem] if problem else []
             else:
                 problems.append(Problem(kind=MISSING, file=name, text=f"case {case_id} has no label file"))
@@ -124,7 +127,9 @@ def _misplaced(files: Mapping[str, Path], expected: Mapping[str, str]) -> list[P
     return problems
 
 
-def _check_file(path: Path, name: str, geometry: Geometry, allowed: Collection[int] | None) -> Problem | None:
+def _check_file(
+    path: Path, name: str, geometry: Geometry, allowed: Collection[int] | None, names: Mapping[str, int] | None
+) -> Problem | None:
     try:
         array, own = read_stored(path, indices=True)
     except InputError as error:
@@ -134,6 +139,11 @@ def _check_file(path: Path, name: str, geometry: Geometry, allowed: Collection[i
     if difference := geometry.mismatch(own):
         return Problem(kind=GEOMETRY, file=name, text=f"its image and it differ in {difference}")
     try:
+        if names and (segments := read_label_table(path)):
+            _, renamed, _ = by_names(path, array, segments, names)
+            if renamed:
+                text = f"its label table gives its values other names than declared ({renamed}); save it without one"
+                return Problem(kind=VALUES, file=name, text=text)
         as_label(path, array, allowed=allowed)
     except InputError as error:
         return Problem(kind=VALUES, file=name, text=str(error).replace(str(path), name).split(";")[0])

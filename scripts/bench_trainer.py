@@ -33,6 +33,17 @@ from nnunet_sam2.storage import read_json, write_json
 
 DATASET = "Dataset701_Bench"
 STOCK, PLAIN, WEIGHTED = "stock", "plain", "weighted"
+INGREDIENTS: dict[str, dict[str, Any]] = {
+    PLAIN: {},
+    WEIGHTED: {},
+    "averaged": {"ema_decay": 0.99},
+    "pasted": {"copy_paste": 1.0},
+    "soft": {"soft_targets": True},
+    "everything": {"ema_decay": 0.99, "copy_paste": 1.0, "soft_targets": True},
+}
+"""Settings of what is timed beside stock; all but the first have maps."""
+
+PSEUDO = ("subject_003", "subject_004", "subject_005")
 
 
 def main() -> None:
@@ -59,12 +70,13 @@ def main() -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """Lay out the figures as a Markdown table."""
     lines = [
-        "| configuration | patch | batch | stock s a step | ours, no maps / stock | ours, with maps / stock |",
-        "|---|---|---|---|---|---|",
+        "| configuration | patch | batch | stock s a step | ours, no maps / stock | with maps | maps, averaged weights "
+        "| maps, copy-paste | maps, soft targets | all of it |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         patch = " x ".join(str(n) for n in row["patch_size"])
-        ratios = " | ".join(f"{row['over_stock'][kind]:.3f}" for kind in (PLAIN, WEIGHTED))
+        ratios = " | ".join(f"{row['over_stock'][kind]:.3f}" for kind in INGREDIENTS)
         stock = row["seconds_per_step"][STOCK]
         lines.append(f"| {row['configuration']} | {patch} | {row['batch_size']} | {stock:.3f} | {ratios} |")
     return "\n".join(lines)
@@ -100,13 +112,13 @@ def prepare(root: Path, shape_zyx: tuple[int, int, int], features: int) -> Path:
 
 
 def time_configuration(preprocessed: Path, name: str, steps: int) -> dict[str, Any]:
-    """Time stock, ours without maps and ours with maps in turns, and compare the medians."""
+    """Time stock and ours with each ingredient in turns, and compare the medians."""
     import torch
 
     torch.set_num_threads(1)
     configuration = read_json(preprocessed / "nnUNetPlans.json")["configurations"][name]
     write_maps(preprocessed, configuration)
-    trainers = {kind: make_trainer(preprocessed, name, kind) for kind in (STOCK, PLAIN, WEIGHTED)}
+    trainers = {kind: make_trainer(preprocessed, name, kind) for kind in (STOCK, *INGREDIENTS)}
     seconds: dict[str, list[float]] = {kind: [] for kind in trainers}
     for step in range(-3, steps):
         turn = step % len(trainers)
@@ -125,7 +137,7 @@ def time_configuration(preprocessed: Path, name: str, steps: int) -> dict[str, A
         "seconds_per_step": {kind: statistics.median(values) for kind, values in seconds.items()},
         "over_stock": {
             kind: statistics.median(own / other for own, other in zip(seconds[kind], stock, strict=True))
-            for kind in (PLAIN, WEIGHTED)
+            for kind in INGREDIENTS
         },
     }
 
@@ -139,7 +151,10 @@ def make_trainer(preprocessed: Path, configuration: str, kind: str) -> Any:
     from nnunet_sam2.trainers.settings import SETTINGS_KEY, RoundSettings
 
     plans = copy.deepcopy(read_json(preprocessed / "nnUNetPlans.json"))
-    settings = RoundSettings(confidence_folder=f"{configuration}_maps" if kind == WEIGHTED else None)
+    asked = INGREDIENTS.get(kind, {})
+    maps = f"{configuration}_{'soft_maps' if 'soft_targets' in asked else 'maps'}"
+    folder = None if kind in (STOCK, PLAIN) else maps
+    settings = RoundSettings(confidence_folder=folder, pseudo_cases=PSEUDO if asked else (), **asked)
     plans["configurations"][configuration][SETTINGS_KEY] = settings.to_json()
     plans["continue_training"] = False
     with contextlib.redirect_stdout(io.StringIO()):
@@ -154,7 +169,7 @@ def make_trainer(preprocessed: Path, configuration: str, kind: str) -> Any:
 
 
 def write_maps(preprocessed: Path, configuration: dict[str, Any]) -> None:
-    """Write a smooth distrust map for every preprocessed case."""
+    """Write a smooth distrust map for every preprocessed case, and a folder of such with probabilities behind."""
     import blosc2
 
     from nnunet_sam2.trainers.dataset import distrust_from_confidence, write_distrust
@@ -163,11 +178,20 @@ def write_maps(preprocessed: Path, configuration: dict[str, Any]) -> None:
     folder = preprocessed / configuration["data_identifier"]
     maps = preprocessed / f"{configuration['data_identifier'].removeprefix('nnUNetPlans_')}_maps"
     for path in sorted(folder.glob("*_seg.b2nd")):
-        shape = blosc2.open(str(path), mode="r").shape[1:]
-        field = ndimage.gaussian_filter(rng.standard_normal(shape), 3)
+        seg_zyx = blosc2.open(str(path), mode="r")[:][0]
+        field = ndimage.gaussian_filter(rng.standard_normal(seg_zyx.shape), 3)
         confidence = (field - field.min()) / np.ptp(field)
         case = path.name.removesuffix("_seg.b2nd")
-        write_distrust(maps, case, distrust_from_confidence(confidence), configuration["patch_size"])
+        distrust, patch_size = distrust_from_confidence(confidence), configuration["patch_size"]
+        soft = [ndimage.gaussian_filter((seg_zyx == value).astype(np.float32), 1) for value in LABELS.values() if value]
+        write_distrust(maps, case, distrust, patch_size)
+        write_distrust(
+            maps.with_name(maps.name.replace("_maps", "_soft_maps")),
+            case,
+            distrust,
+            patch_size,
+            soft_czyx=np.stack(soft),
+        )
 
 
 def machine() -> dict[str, Any]:

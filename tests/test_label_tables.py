@@ -13,11 +13,14 @@ from small_source import GRID, SHAPE, random_image
 
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.cohort.cohort import Cohort
+from nnunet_sam2.doctor.dataset import check_labels
+from nnunet_sam2.doctor.finding import Level
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.label_tables import read_label_table
 from nnunet_sam2.files.repairs import STRICT
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.review.take_in import take_in
+from nnunet_sam2.submission import VALUES, check_submission
 from nnunet_sam2.volumes import read_label, read_label_as, write_image, write_label
 
 DECLARED = {"background": 0, "liver": 1, "spleen": 2}
@@ -183,3 +186,54 @@ def test_a_segmentation_of_slicer_is_imported_by_its_names(
     ((_, kept),) = take_in(fresh_dataset.raw, [path])
     np.testing.assert_array_equal(read_label(kept)[0], label)
     assert "label voxels were mapped by the names" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("declared", [["--labels", "liver=1,spleen=2"], []])
+def test_evaluate_compares_by_the_names_that_the_files_give_their_values(
+    declared: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth, guess = tmp_path / "truth", tmp_path / "guess"
+    write_segments(truth / "a.nrrd", [drawn()], [("liver", 1, 0), ("spleen", 2, 0)])
+    write_segments(guess / "a.nrrd", [swapped(drawn())], [("Liver", 2, 0), ("Spleen", 1, 0)])
+    status = main(["evaluate", "-g", str(truth), "-p", str(guess), *declared])
+    shown = capsys.readouterr()
+    if declared:
+        assert status == 0
+        assert "mapped by the names in their label tables" in shown.out + shown.err
+        assert "1.0000" in shown.out.splitlines()[-1]
+    else:
+        assert status == 2
+        assert "--labels" in shown.err
+
+
+def test_evaluate_takes_the_names_that_the_files_agree_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_segments(tmp_path / "truth/a.nrrd", [drawn()], [("liver", 1, 0), ("spleen", 2, 0)])
+    write_label(tmp_path / "guess/a.nrrd", drawn(), GRID)
+    assert main(["evaluate", "-g", str(tmp_path / "truth"), "-p", str(tmp_path / "guess")]) == 0
+    assert "1.0000" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_submission_whose_label_table_contradicts_its_values_is_faulty(tmp_path: Path) -> None:
+    cases = {"a": GRID}
+    names = {"background": 0, "liver": 1, "spleen": 2}
+    write_segments(tmp_path / "a.nrrd", [swapped(drawn())], [("liver", 2, 0), ("spleen", 1, 0)])
+    (problem,) = check_submission(tmp_path, cases, ending=".nrrd", allowed=(1, 2), names=names)
+    assert problem.kind == VALUES
+    assert "liver 2 -> 1" in problem.text
+    write_segments(tmp_path / "a.nrrd", [drawn()], [("liver", 1, 0), ("spleen", 2, 0)])
+    assert check_submission(tmp_path, cases, ending=".nrrd", allowed=(1, 2), names=names) == []
+
+
+def test_doctor_finds_a_converted_label_that_was_replaced_by_one_with_other_names(
+    three: Path, fresh_roots: Path
+) -> None:
+    assert main(["convert", str(three), *CONVERT, "--labels", "liver=1,spleen=2"]) == 0
+    cohort = Cohort.load(fresh_roots / "nnUNet_raw" / "Dataset007_T")
+    assert check_labels(cohort).level is Level.OK
+    path = cohort.label_path(cohort.labelled[0])
+    image = nibabel.load(path)
+    image.header.extensions.append(nibabel.nifti1.Nifti1Extension(30, WORKBENCH.encode()))
+    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), image.affine, image.header), path)
+    finding = check_labels(cohort)
+    assert finding.level is Level.FAIL
+    assert "other names for its values" in finding.message

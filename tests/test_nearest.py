@@ -67,6 +67,14 @@ def test_on_a_flat_image_the_edge_filter_only_smooths() -> None:
     assert (snapped - prob).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("radius", [1, 4, 30])
+def test_window_means_by_products_are_those_of_pooling(radius: int) -> None:
+    planes = torch.rand(3, 1, 24, 31, generator=torch.Generator().manual_seed(5))
+    padded = torch.nn.functional.pad(planes, (radius,) * 4, mode="replicate")
+    pooled = torch.nn.functional.avg_pool2d(padded, 2 * radius + 1, stride=1)
+    torch.testing.assert_close(nearest_module._box(planes, radius), pooled, rtol=1e-4, atol=1e-5)
+
+
 def test_a_constant_map_stays_as_it_is() -> None:
     _, image = _blurred_step()
     prob = torch.stack([torch.full((48, 48), 0.7), torch.full((48, 48), 0.3)])

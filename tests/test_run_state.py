@@ -13,6 +13,7 @@ import pytest
 from nnunet_sam2.cli.status import rounds_table
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.rounds.context import RunContext
 from nnunet_sam2.rounds.ledger import Ledger, StageResult
 from nnunet_sam2.rounds.lock import only_run
 from nnunet_sam2.rounds.options import RunOptions, describe_difference
@@ -172,6 +173,18 @@ def test_a_run_from_before_there_were_these_options_is_the_one_without_them() ->
 def test_an_option_out_of_range_is_refused(wrong: dict) -> None:
     with pytest.raises(InputError):
         RunOptions(**wrong)
+
+
+def test_only_a_warm_start_has_the_learning_rate_that_was_asked_for_it(folders: DatasetFolders) -> None:
+    ledger = Ledger(folders.results / "run")
+    options = RunOptions(profile="cpu", warm_lr=5e-4)
+    run = RunContext(folders=folders, cohort=None, options=options, ledger=ledger, folder=ledger.path.parent)
+    vars(run)["plans"] = {"configurations": {"3d_fullres": {"patch_size": [8, 8, 8]}}}
+    cold = run.settings(0, final=False)
+    ledger.run_stage("r00/train", {}, lambda: StageResult(info={}), what="training")
+    warm, last = run.settings(1, final=False), run.settings(2, final=True)
+    assert [bool(settings.warm_start) for settings in (cold, warm, last)] == [False, True, False]
+    assert [settings.initial_lr for settings in (cold, warm, last)] == [1e-3, 5e-4, 1e-3]
 
 
 def test_folds_and_branches_have_configurations_of_their_own() -> None:

@@ -36,11 +36,11 @@ def run(args: argparse.Namespace) -> int:
     """Check, print a line for each fault, and return 1 where there is one."""
     from nnunet_sam2.submission import BY_PRODUCT, check_submission
 
-    cases, ending, allowed = _of_dataset(args) if args.dataset else _of_images(args)
+    cases, ending, allowed, names = _of_dataset(args) if args.dataset else _of_images(args)
     if not cases:
         raise InputError("there are no test cases to hold the submission against; name their images with -i")
     found = check_submission(
-        args.submission, cases, ending=args.ending or ending, root=args.root.strip("/"), allowed=allowed
+        args.submission, cases, ending=args.ending or ending, root=args.root.strip("/"), allowed=allowed, names=names
     )
     # What prediction itself puts into its folder is in nobody's way until it is packed.
     aside = [problem for problem in found if problem.kind == BY_PRODUCT and args.submission.is_dir()]
@@ -65,31 +65,35 @@ def run(args: argparse.Namespace) -> int:
     return FAULTY_STATUS if problems else 0
 
 
-_Wanted = tuple[dict[str, Geometry], str, Collection[int] | None]
+_Wanted = tuple[dict[str, Geometry], str, Collection[int] | None, dict[str, int] | None]
 
 
 def _of_dataset(args: argparse.Namespace) -> _Wanted:
     from nnunet_sam2.cohort.cohort import Cohort
+    from nnunet_sam2.cohort.labels import single_values
     from nnunet_sam2.folders import find_dataset
 
     if args.labels:
         raise InputError("--labels goes with -i; with -d the dataset's own labels count")
     cohort = Cohort.load(find_dataset(args.dataset).raw)
-    return {case.case_id: case.geometry for case in cohort.test}, cohort.file_ending, cohort.class_values
+    names = single_values(cohort.labels)
+    return {case.case_id: case.geometry for case in cohort.test}, cohort.file_ending, cohort.class_values, names
 
 
 def _of_images(args: argparse.Namespace) -> _Wanted:
-    from nnunet_sam2.cohort.labels import parse_labels
+    from nnunet_sam2.cohort.labels import parse_labels, single_values
     from nnunet_sam2.cohort.layouts import find
     from nnunet_sam2.files.checks import PICTURE_ENDINGS, file_ending
     from nnunet_sam2.volumes import read_geometry
 
     found = find(args.images, "folder", test=True)
     allowed: set[int] | None = None
+    names = None
     if args.labels:
         table, _ = parse_labels(args.labels)
+        names = single_values(table)
         allowed = {v for value in table.values() for v in (value if isinstance(value, list) else [value])}
     # As nnU-Net writes them: what it predicts from pictures are pictures.
     pictures = all(file_ending(case.images[0]) in PICTURE_ENDINGS for case in found.cases)
     ending = ".png" if pictures else ".nii.gz"
-    return {case.case_id: read_geometry(case.images[0]) for case in found.cases}, ending, allowed
+    return {case.case_id: read_geometry(case.images[0]) for case in found.cases}, ending, allowed, names

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_sam2.cohort.cohort import COHORT_FILE, IGNORE, Cohort
-from nnunet_sam2.cohort.labels import BACKGROUND, LabelValue, make_label_table, parse_labels
+from nnunet_sam2.cohort.labels import BACKGROUND, LabelValue, make_label_table, parse_labels, single_values
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.progress import say
 from nnunet_sam2.storage import write_json
@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         if not path.exists():
             raise InputError(f"{path} does not exist")
     table = _table(args)
+    names = _names(args, table)
     annotated, said_by = _annotated(args, table)
     result = evaluate(
         args.reference,
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         declared_values=table.declared,
         allow_missing=args.allow_missing,
         annotated=annotated,
+        names=names,
     )
     result["class_names"] = table.names
     if annotated:
@@ -84,6 +86,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result, indent=1))
     else:
+        if renamed := result.get("renamed"):
+            first = next(iter(renamed))
+            say(
+                f"note: {len(renamed)} files were mapped by the names in their label tables ({first}: {renamed[first]})"
+            )
         if annotated:
             say(f"{said_by} says which classes are annotated: the others count nowhere")
         _print_table(result)
@@ -101,6 +108,18 @@ def _table(args: argparse.Namespace) -> _Table:
     if args.values:
         table = dataclasses.replace(table, classes={str(v): (v,) for v in sorted(set(args.values))})
     return table
+
+
+def _names(args: argparse.Namespace, table: _Table) -> dict[str, int] | None:
+    """Return which value each name means: as declared, or as the files' own label tables agree; None without any."""
+    from nnunet_sam2.evaluation import match_files
+    from nnunet_sam2.files.label_tables import read_label_table, tables_agree
+
+    if table.labels is not None:
+        return single_values(table.labels)
+    pairs = match_files(args.reference, args.prediction, allow_missing=True)
+    tables = {path: found for pair in pairs.values() for path in pair if (found := read_label_table(path))}
+    return tables_agree(tables) if tables else None
 
 
 def _declared_table(declared: Mapping[str, LabelValue]) -> _Table:

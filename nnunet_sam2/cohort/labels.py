@@ -50,6 +50,12 @@ class LabelTable:
         return translated.astype(np.uint8) if translated.max() <= np.iinfo(np.uint8).max else translated
 
 
+def single_values(labels: Mapping[str, LabelValue]) -> dict[str, int]:
+    """Return the value of each label that has one value, by name; what a file's own label table is held against."""
+    values = {name: value if isinstance(value, list) else [value] for name, value in labels.items()}
+    return {name: value[0] for name, value in values.items() if len(value) == 1}
+
+
 def make_label_table(
     declared: Mapping[str, LabelValue], regions_class_order: Iterable[int] | None = None
 ) -> LabelTable:

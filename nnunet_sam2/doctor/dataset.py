@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nnunet_sam2.cohort.cohort import Case, Cohort
+from nnunet_sam2.cohort.labels import single_values
 from nnunet_sam2.doctor.finding import Finding, fail, ok, warn
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.files.repairs import STRICT
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import track
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, artefact, read_events
 from nnunet_sam2.rounds.nnunet import plans_path, read_plans
 from nnunet_sam2.rounds.state import find_runs
 from nnunet_sam2.storage import file_hash
-from nnunet_sam2.volumes import read_label, read_volume
+from nnunet_sam2.volumes import read_label_as, read_volume
 from nnunet_sam2.voxel_hashes import voxel_hash
 
 _CONVERT = "restore the file, or convert the source again"
@@ -64,7 +66,9 @@ def check_labels(cohort: Cohort) -> Finding:
         path = cohort.label_path(case)
         if case.added is not None and file_hash(path) != case.added.sha256:
             return f"{case.label} is not the file that was taken in on {case.added.time[:10]}"
-        _, geometry = read_label(path, allowed=allowed)
+        _, geometry, repairs = read_label_as(path, STRICT, allowed=allowed, names=single_values(cohort.labels))
+        if repairs.renamed is not None:
+            return f"{case.label} has a label table with other names for its values than declared ({repairs.renamed})"
         if difference := case.geometry.mismatch(geometry):
             return f"the image of {case.case_id} and {case.label} differ in {difference}"
         return ""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+from scipy.ndimage import find_objects
 
 Keep = Literal["largest", "confident"]
 
@@ -84,27 +85,37 @@ def filter_components(
     dropped; then it is background. ``prob_czyx`` has the background as channel 0. Returns the new label map and the
     number of voxels taken from each class.
     """
-    kept_kzyx = {
-        value: keep_component(label_zyx == value, prob_czyx[channel], keep=keep[value])
-        for channel, value in enumerate(class_values, start=1)
-        if value in keep
-    }
-    dropped = {value: (label_zyx == value) & ~kept for value, kept in kept_kzyx.items()}
-    taken = {value: int(mask.sum()) for value, mask in dropped.items()}
+    channels = {value: channel for channel, value in enumerate(class_values, start=1) if value in keep}
+    taken = dict.fromkeys(channels, 0)
     lost_zyx = np.zeros(label_zyx.shape, bool)
-    for mask in dropped.values():
-        lost_zyx |= mask
-    if not lost_zyx.any():
+    for value, (part, dropped) in _dropped(label_zyx, prob_czyx, channels, keep).items():
+        taken[value] = int(np.count_nonzero(dropped))
+        lost_zyx[part] |= dropped
+    if not any(taken.values()):
         return label_zyx, taken
     result_zyx = label_zyx.copy()
-    prob_cv = prob_czyx[:, lost_zyx].copy()
+    prob_cv = prob_czyx[:, lost_zyx]
     values = np.array([0, *class_values], dtype=label_zyx.dtype)
     prob_cv[np.searchsorted(values, label_zyx[lost_zyx]), np.arange(prob_cv.shape[1])] = -1.0
     result_zyx[lost_zyx] = values[np.argmax(prob_cv, axis=0)]
-    for value in kept_kzyx:
-        again = keep_component(result_zyx == value, prob_czyx[int(np.searchsorted(values, value))], keep=keep[value])
-        result_zyx[(result_zyx == value) & ~again] = 0
+    for part, dropped in _dropped(result_zyx, prob_czyx, channels, keep).values():
+        result_zyx[part][dropped] = 0
     return result_zyx, taken
+
+
+def _dropped(
+    label_zyx: np.ndarray, prob_czyx: np.ndarray, channels: Mapping[int, int], keep: Mapping[int, Keep]
+) -> dict[int, tuple[tuple[slice, ...], np.ndarray]]:
+    """Return the box around each class that is there, and what the class loses within it to its one component."""
+    # Boxes of all classes in one pass: most are a small part of the volume, and so is what there is to do.
+    boxes = find_objects(label_zyx, max_label=max(channels, default=1))
+    dropped = {}
+    for value, channel in channels.items():
+        part = boxes[value - 1]
+        if part is not None:
+            mask_zyx = label_zyx[part] == value
+            dropped[value] = part, mask_zyx & ~keep_component(mask_zyx, prob_czyx[channel][part], keep=keep[value])
+    return dropped
 
 
 def _largest_share(mask_zyx: np.ndarray) -> float | None:

@@ -34,7 +34,7 @@ from nnunet_sam2.volumes import read_label, write_label, write_map
 CONFIDENCE = "confidence"
 """Folder of the confidence maps beside the labels."""
 
-_VERSION = 2
+_VERSION = 3
 """Raised when the same inputs give other labels than before, so that old ones are not taken for current."""
 
 

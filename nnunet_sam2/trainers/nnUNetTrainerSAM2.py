@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from nnunet_sam2.trainers.loader import RoundDataLoader
 from nnunet_sam2.trainers.loss import ConfidenceLoss
 from nnunet_sam2.trainers.precision import computing, is_reduced
 from nnunet_sam2.trainers.settings import PROVENANCE_KEY, SETTINGS_KEY, RoundSettings
-from nnunet_sam2.trainers.soft_targets import soft_target
+from nnunet_sam2.trainers.soft_targets import foreground_channels, soft_target
 from nnunet_sam2.trainers.split import Split, choose_split, read_or_make_splits
 from nnunet_sam2.trainers.validation import summarise, validate_sequentially
 
@@ -155,7 +154,7 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
             pseudo_cases=self.settings.pseudo_cases,
             pseudo_per_batch=self.settings.pseudo_per_batch,
             distrust_folder=folder,
-            n_soft=self._foreground_channels() if self.settings.soft_targets else 0,
+            n_soft=foreground_channels(self.label_manager) if self.settings.soft_targets else 0,
             repeatable=self.settings.seed is not None,
         )
         if folder is not None:
@@ -177,14 +176,16 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """Run nnU-Net's step on the batch, copied and pasted, its loss weighted by the maps that it carries."""
-        target = [scale.to(self.device, non_blocking=True) for scale in self._scales(batch)]
+        scales = batch["target"] if self.enable_deep_supervision else [batch["target"]]
+        target = [scale.to(self.device, non_blocking=True) for scale in scales]
         joined = batch["data"].to(self.device, non_blocking=True)
         data, maps = joined[:, : self.num_input_channels], joined[:, self.num_input_channels :]
         annotated_bc = self._annotated_in(batch)
         confidence, soft = None, None
         if maps.shape[1]:
             confidence = (1 - maps[:, -1:]).clamp_(0, 1)  # interpolation overshoots by a rounding error
-            soft = self._soft_target(batch["keys"], target[0], maps[:, :-1])
+            soft_b = [key in self.soft_cases for key in batch["keys"]]
+            soft = soft_target(target[0], maps[:, :-1], soft_b, self.label_manager) if any(soft_b) else None
         if self.settings.copy_paste and np.random.uniform() < self.settings.copy_paste:
             pseudo = set(self.settings.pseudo_cases)
             partner = partners([key in pseudo for key in batch["keys"]], annotated_bc)
@@ -354,21 +355,6 @@ class nnUNetTrainerSAM2(nnUNetTrainer):
     def _averaged(self) -> AbstractContextManager[None]:
         """Give the network its averaged weights, where they are averaged, inside a block."""
         return self.average.in_use() if self.average else nullcontext()
-
-    def _scales(self, batch: dict) -> list[torch.Tensor]:
-        return batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
-
-    def _foreground_channels(self) -> int:
-        labels = self.label_manager
-        return len(labels.foreground_regions if labels.has_regions else labels.foreground_labels)
-
-    def _soft_target(self, keys: Sequence[str], target: torch.Tensor, carried: torch.Tensor) -> torch.Tensor | None:
-        """Return the probabilities that a batch is learnt from; None where all of it has labels."""
-        soft_b = [key in self.soft_cases for key in keys]
-        if not any(soft_b):
-            return None
-        labels = self.label_manager
-        return soft_target(target, carried, soft_b, regions=labels.has_regions, ignore_label=labels.ignore_label)
 
     def _raw_folder(self) -> Path | None:
         return Path(nnUNet_raw) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None

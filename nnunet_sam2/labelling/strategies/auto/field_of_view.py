@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import normalize
 
 from nnunet_sam2.labelling.strategies.auto.alignment import Alignment
-from nnunet_sam2.labelling.strategies.auto.scan import Scan, all_of, bodies_correspond
+from nnunet_sam2.labelling.strategies.auto.scan import Scan, all_of
 from nnunet_sam2.labelling.strategies.auto.zoom import Box
 from nnunet_sam2.support.cases import Query, Support
 
@@ -117,16 +117,21 @@ class Ground:
 
 
 def common_ground(
-    query: Query, supports: Sequence[Support], scans: Sequence[Scan], class_values: Sequence[int]
+    query: Query,
+    supports: Sequence[Support],
+    scans: Sequence[Scan],
+    class_values: Sequence[int],
+    *,
+    within_bodies: bool,
 ) -> Ground:
     """Find the parts of query and supports that show the same; whole volumes where they agree already.
 
-    In the plane that is the body; along the slices what lies around the labels of the supports, where the scans show
-    different parts of the body.
+    In the plane that is the body, where places ``within_bodies`` correspond (`bodies_correspond`); along the slices
+    what lies around the labels of the supports, where the scans show different parts of the body.
     """
     mine, axis = Scan.of(query.frames, query.embeddings), query.frames.slice_axis
     own, boxes = Box(start_zyx=(0, 0, 0), stop_zyx=query.geometry.shape_zyx), [all_of(support) for support in supports]
-    if not mine.fills and bodies_correspond(scans, supports, class_values):
+    if not mine.fills and within_bodies:
         own, boxes = mine.body, [scan.body for scan in scans]
     offsets = shared_axis(supports, class_values)
     shift = place_along_axis(mine, scans, offsets)

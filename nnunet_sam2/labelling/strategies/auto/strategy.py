@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -40,6 +40,8 @@ from nnunet_sam2.labelling.strategies.auto.zoom import (
 from nnunet_sam2.labelling.strategies.transfer.memory import Place
 from nnunet_sam2.sam2.protocol import Sam2Backend
 from nnunet_sam2.support.cases import Query, Support
+
+_Known = TypeVar("_Known")
 
 ONE_VIEW, SEVERAL_VIEWS = (0.1, 0.25), (0.25,)
 """How much is seen around the labels, one close-up each: two where there is one view, so that the cost stays alike."""
@@ -99,8 +101,8 @@ class Auto:
         axes = sorted({axis for support in supports for axis in self._axes(support)})
         own = sorted({support.frames.slice_axis for support in supports})
         if all(self._aligns(support) for support in supports):
-            scans = [self._scan(s) for s in supports]
-            if bodies_correspond(scans, supports, class_values):
+            scans, correspond = self._scans_of(supports, class_values)
+            if correspond:
                 supports = [self._parts.cut(s, scan.body, backend) for s, scan in zip(supports, scans, strict=True)]
         near = self._close_ups(supports, axes, class_values, backend)
         record = self._whole.prepare(supports, class_values, backend, axes=own if near else axes)
@@ -156,7 +158,8 @@ class Auto:
         if not self._aligns(query):
             yield from self._nearer(query, supports, class_values, backend, rng, ground=None)
             return
-        ground = common_ground(query, supports, [self._scan(support) for support in supports], class_values)
+        scans, correspond = self._scans_of(supports, class_values)
+        ground = common_ground(query, supports, scans, class_values, within_bodies=correspond)
         parts = [self._parts.cut(support, box, backend) for support, box in zip(supports, ground.supports, strict=True)]
         whole = is_whole(ground.query, query.geometry.shape_zyx)
         part = query if whole else close_up(query, ground.query, backend)
@@ -248,7 +251,7 @@ class Auto:
         rng: np.random.Generator,
     ) -> list[Member]:
         """Return the members with a nearer look, along one axis, at each group of thin classes read into them."""
-        groups = thin_groups(parts, class_values)
+        groups = self._once(thin_groups, parts, class_values, parts, class_values)
         if not groups:
             return looks
         label_zyx = self._seen(looks, bent.supports, class_values).label_zyx
@@ -300,8 +303,7 @@ class Auto:
         self._by_margin: dict[float, Views] = {}
         self._parts = CloseUps()
         # Supports are kept beside what is known of them, so that their ids cannot be taken over by others.
-        self._scans: dict[int, tuple[Support, Scan]] = {}
-        self._single: dict[tuple[int, ...], tuple[tuple[Support, ...], tuple[int, ...]]] = {}
+        self._known: dict[tuple[Any, ...], tuple[tuple[Support, ...], Any]] = {}
         self._thin = Views(replace(self._options.transfer_options(), decoder="off", check_slices=0))
 
     def _aligns(self, case: Query | Support) -> bool:
@@ -309,16 +311,24 @@ class Auto:
 
     def _seen(self, members: Sequence[Member], supports: Sequence[Support], class_values: Sequence[int]) -> PseudoLabel:
         """Return what members make of a query so far."""
-        key = tuple(id(support) for support in supports)
-        if key not in self._single:
-            single = single_component_classes([support.label_zyx for support in supports], class_values)
-            self._single[key] = tuple(supports), single
-        return fuse(members, tuple(class_values), FusionOptions(single_component_classes=self._single[key][1]))
+        labels_zyx = [support.label_zyx for support in supports]
+        single = self._once(single_component_classes, supports, class_values, labels_zyx, class_values)
+        return fuse(members, tuple(class_values), FusionOptions(single_component_classes=single))
 
-    def _scan(self, support: Support) -> Scan:
-        if id(support) not in self._scans:
-            self._scans[id(support)] = support, Scan.of(support.frames, support.embeddings)
-        return self._scans[id(support)][1]
+    def _scans_of(self, supports: Sequence[Support], class_values: tuple[int, ...]) -> tuple[list[Scan], bool]:
+        """Return the supports' scans, and whether places within their bodies correspond."""
+        scans = [self._once(Scan.of, [s], (), s.frames, s.embeddings) for s in supports]
+        return scans, self._once(bodies_correspond, supports, class_values, scans, supports, class_values)
+
+    def _once(
+        self, find: Callable[..., _Known], supports: Sequence[Support], class_values: Sequence[int], *given: Any
+    ) -> _Known:
+        """Return what ``find`` says of supports and classes, asked once for all queries."""
+        key = (find, tuple(id(support) for support in supports), tuple(class_values))
+        if key not in self._known:
+            self._known[key] = tuple(supports), find(*given)
+        found: _Known = self._known[key][1]
+        return found
 
 
 def _where(found: PseudoLabel, supports: Sequence[Support], class_values: tuple[int, ...]) -> np.ndarray:

@@ -90,7 +90,7 @@ def nearest_quarters(
     for start in range(0, locations, _BLOCK_LOCATIONS):
         parents_bk = parents_pk[start : start + _BLOCK_LOCATIONS]
         size = len(parents_bk)
-        candidates = memory_u4d[parents_bk].reshape(size, 4 * neighbours, -1)
+        candidates = memory_u4d.index_select(0, parents_bk.flatten()).reshape(size, 4 * neighbours, -1)
         norms = norms_u4[parents_bk].reshape(size, 1, 4 * neighbours)
         query = query_p4d[start : start + size]
         distance = torch.baddbmm(norms, query, candidates.transpose(1, 2), alpha=-2.0)

@@ -180,15 +180,15 @@ class SupportMemory:
         """Return what the finer search for one query slice needs; entry numbers count the rows of `rows`."""
 
         def entries(numbers_u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            features, labels, start = [], [], 0
-            for number in slices:
-                stop = start + self._count(number)
-                mine = numbers_u[(numbers_u >= start) & (numbers_u < stop)] - start
-                if len(mine):
+            starts = np.cumsum([0, *(self._count(number) for number in slices)])
+            bounds = torch.searchsorted(numbers_u, torch.from_numpy(starts)).tolist()
+            features, labels = [], []
+            for number, start, first, stop in zip(slices, starts, bounds[:-1], bounds[1:], strict=False):
+                if first < stop:
+                    mine = numbers_u[first:stop] - int(start)
                     features_p4f, labels_p4c = self._slice_quarters(number)
-                    features.append(features_p4f[mine])
-                    labels.append(labels_p4c[mine])
-                start = stop
+                    features.append(features_p4f.index_select(0, mine))
+                    labels.append(labels_p4c.index_select(0, mine))
             return torch.cat(features), torch.cat(labels)
 
         return HalfCells(
