@@ -5,6 +5,7 @@ Shape letters: M surface elements or border voxels, D axes (two or three).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
@@ -86,4 +87,4 @@ def _length(cell: np.ndarray, spacing: tuple[float, ...]) -> float:
             return spacing[1]
         if cell[:, 0].all() or cell[:, 1].all():
             return spacing[0]
-    return float(cell.sum() * np.hypot(*spacing) / 2)
+    return float(cell.sum()) * math.hypot(*spacing) / 2.0
