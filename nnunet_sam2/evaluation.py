@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from nnunet_sam2.files.checks import strip_ending
 from nnunet_sam2.files.repairs import STRICT
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.progress import track
+from nnunet_sam2.surfaces import hausdorff, surface_dice
 from nnunet_sam2.volumes import read_label_as
 
 METRICS = ("dice", "hd95", "hd", "nsd")
@@ -101,7 +101,7 @@ def compare(
 
     ``dice`` is 0 to 1; ``hd95`` and ``hd`` are the symmetric Hausdorff distances in mm (pixels for a picture), the
     first as the greater of both directions' 95th percentiles; ``nsd`` is the share of both surfaces' area that lies
-    within the tolerance of the other (Nikolov et al. 2018). All come from MONAI. A class that is in neither map has
+    within the tolerance of the other; see `surfaces`. A class that is in neither map has
     None throughout. One that is in only one of them (a false positive, or missed) has Dice and NSD 0 and, for want of
     a distance, the length of the volume's diagonal. Voxels that the truth marks ``ignore_value`` count as background
     in both.
@@ -158,28 +158,18 @@ def _compare_masks(
         diagonal = float(np.linalg.norm(lengths[_axes(geometry)]))
         return {"dice": 0.0, "hd95": diagonal, "hd": diagonal, "nsd": 0.0}
 
-    import torch
-    from monai.metrics.hausdorff_distance import compute_hausdorff_distance
-    from monai.metrics.meandice import compute_dice
-    from monai.metrics.surface_dice import compute_surface_dice
-
     truth, guess = _crop(truth_zyx, guess_zyx)
     axes = _axes(geometry)
     if len(axes) == 2:
         truth, guess = truth[0], guess[0]
     spacing = [geometry.spacing_zyx_mm[axis] for axis in axes]
-    y, y_pred = (torch.from_numpy(mask.astype(np.float32))[None, None] for mask in (truth, guess))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MONAI warns of its own deprecated arguments
-        values = {
-            "dice": compute_dice(y_pred, y, include_background=True),
-            "hd95": compute_hausdorff_distance(y_pred, y, include_background=True, percentile=95, spacing=spacing),
-            "hd": compute_hausdorff_distance(y_pred, y, include_background=True, spacing=spacing),
-            "nsd": compute_surface_dice(
-                y_pred, y, [nsd_tolerance_mm], include_background=True, spacing=spacing, use_subvoxels=True
-            ),
-        }
-    return {name: float(value.item()) for name, value in values.items()}
+    hd95, hd = hausdorff(guess, truth, spacing, (95, 100))
+    return {
+        "dice": 2.0 * int((truth & guess).sum()) / sum(volumes),
+        "hd95": hd95,
+        "hd": hd,
+        "nsd": surface_dice(guess, truth, spacing, nsd_tolerance_mm),
+    }
 
 
 def _axes(geometry: Geometry) -> list[int]:

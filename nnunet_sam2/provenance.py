@@ -21,7 +21,6 @@ PACKAGES = (
     "scikit-image",
     "batchgenerators",
     "batchgeneratorsv2",
-    "monai",
     "blosc2",
 )
 

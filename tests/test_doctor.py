@@ -187,6 +187,15 @@ def test_a_trainer_that_only_loops_find_is_warned_of_and_one_that_nobody_finds_f
     assert (level(finding), "no torch" in finding.message) == ("fail", True)
 
 
+def test_without_a_trial_the_trainer_is_looked_for_where_nnunet_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "ask_nnunet", lambda variables: pytest.fail("a process was started"))
+    found = trainer.look_for_trainer({EXTENSION_VARIABLE: search_path("/elsewhere")})
+    assert (level(found), "doctor --trial" in found.message) == ("ok", True)
+    assert "nnunet_sam2 hook install" in trainer.look_for_trainer({EXTENSION_VARIABLE: "/elsewhere"}).mend
+    monkeypatch.setattr(trainer, "extension_folder", lambda: Path("/nowhere"))
+    assert level(trainer.look_for_trainer({})) == "fail"
+
+
 def test_the_hook_of_another_installation_is_noticed(tmp_path: Path) -> None:
     assert "not installed" in trainer.check_hook([tmp_path]).message
     (tmp_path / HOOK_FILE).write_text(hook_line())
@@ -279,7 +288,7 @@ def test_the_command_checks_this_machine_and_exits_with_zero_where_nothing_fails
     fresh_roots: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(EXTENSION_VARIABLE, search_path(None))
-    assert main(["doctor", "--json"]) == 0
+    assert main(["doctor", "--trial", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["fail"] == 0
     assert len(report["findings"]) == report["ok"] + report["warn"]
@@ -295,7 +304,7 @@ def test_a_broken_package_is_a_finding_and_does_not_end_the_examination(
         raise OSError("libtorch_cpu.so: cannot open shared object file")
 
     monkeypatch.setattr(checkpoints, "check_embedded", broken)
-    monkeypatch.setattr(trainer, "look_for_trainer", lambda: trainer.check_trainer("", ""))
+    monkeypatch.setattr(trainer, "look_for_trainer", lambda trial: trainer.check_trainer("", ""))
     assert main(["doctor", "--json"]) == 1
     found = {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
     text = "cannot be looked at: OSError: libtorch_cpu.so: cannot open shared object file"
@@ -306,7 +315,7 @@ def test_a_broken_package_is_a_finding_and_does_not_end_the_examination(
 def test_the_command_exits_with_one_where_something_fails(
     fresh_roots: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trainer, "look_for_trainer", lambda: trainer.check_trainer("", ""))
+    monkeypatch.setattr(trainer, "look_for_trainer", lambda trial: trainer.check_trainer("", ""))
     monkeypatch.delenv(VARIABLES[0])
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out

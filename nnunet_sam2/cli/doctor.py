@@ -16,6 +16,7 @@ FAILED = 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("-d", dest="dataset", help="also check this dataset: id or DatasetXXX_Name")
+    parser.add_argument("--trial", action="store_true", help="also let nnU-Net find and import the trainer (10 s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.epilog = "Exit status: 0 where nothing fails, else 1. Nothing is changed."
 
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check, print a line for each check, and return the exit status."""
     findings = []
-    for finding in _findings(args.dataset):
+    for finding in _findings(args.dataset, trial=args.trial):
         findings.append(finding)
         if not args.json:
             say(line(finding))
@@ -54,7 +55,7 @@ def as_json(findings: Sequence[Finding]) -> dict[str, object]:
     }
 
 
-def _findings(dataset: str | None) -> Iterator[Finding]:
-    yield from examine()
+def _findings(dataset: str | None, *, trial: bool) -> Iterator[Finding]:
+    yield from examine(trial=trial)
     if dataset is not None:
         yield from examine_dataset(find_dataset(dataset))

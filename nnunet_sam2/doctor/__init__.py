@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from nnunet_sam2.doctor import checkpoints, computer, packages, storage_places, trainer
@@ -21,15 +22,18 @@ from nnunet_sam2.trainers.discovery import hook_places
 __all__ = ["Finding", "Level", "examine", "examine_dataset"]
 
 
-def examine() -> Iterator[Finding]:
-    """Look at this machine and installation, a finding at a time; what an installation is too broken for is one too."""
+def examine(*, trial: bool = False) -> Iterator[Finding]:
+    """Look at this machine and installation, a finding at a time; what an installation is too broken for is one too.
+
+    With ``trial``, nnU-Net is asked to find and import the trainer.
+    """
     yield from _tried("packages", _packages)
     yield from _tried("computer", _computer)
     yield from _tried("folders", _folders)
     yield from _tried("weights cache", _weights_cache)
     yield from _tried("measurements", _measurements)
     yield from _tried("weights", _weights)
-    yield from _tried("trainer", _trainer)
+    yield from _tried("trainer", partial(_trainer, trial=trial))
 
 
 def examine_dataset(folders: DatasetFolders) -> Iterator[Finding]:
@@ -92,6 +96,6 @@ def _weights() -> Iterator[Finding]:
     yield from checkpoints.check_kept()
 
 
-def _trainer() -> Iterator[Finding]:
+def _trainer(*, trial: bool) -> Iterator[Finding]:
     yield trainer.check_hook(hook_places())
-    yield trainer.look_for_trainer()
+    yield trainer.look_for_trainer(trial=trial)

@@ -9,7 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nnunet_sam2.doctor.finding import Finding, fail, ok, warn
-from nnunet_sam2.trainers.discovery import EXTENSION_VARIABLE, HOOK_FILE, TRAINER_NAME, environment, hook_line
+from nnunet_sam2.trainers.discovery import (
+    EXTENSION_VARIABLE,
+    HOOK_FILE,
+    TRAINER_NAME,
+    environment,
+    extension_folder,
+    hook_line,
+)
 
 _MARK = "nnunet_sam2 doctor: found"
 _CODE = (
@@ -39,18 +46,31 @@ def ask_nnunet(variables: Mapping[str, str]) -> str:
     return lines[-1].strip() if lines else f"exit status {done.returncode}"
 
 
-def look_for_trainer(variables: Mapping[str, str] | None = None) -> Finding:
-    """Ask nnU-Net with the user's own variables and, where it fails, with those of a loop."""
+def look_for_trainer(variables: Mapping[str, str] | None = None, *, trial: bool = False) -> Finding:
+    """Look, with the user's own variables and else with those of a loop, where nnU-Net looks.
+
+    A ``trial`` lets nnU-Net itself find and import the trainer, which takes some ten seconds of processor time.
+    """
     variables = os.environ if variables is None else variables
-    as_it_is = ask_nnunet(variables)
-    in_loops = ask_nnunet({**variables, **environment(variables)}) if as_it_is else ""
-    return check_trainer(as_it_is, in_loops)
+    look = ask_nnunet if trial else _by_rule
+    as_it_is = look(variables)
+    in_loops = look({**variables, **environment(variables)}) if as_it_is else ""
+    return check_trainer(as_it_is, in_loops, tried=trial)
 
 
-def check_trainer(as_it_is: str, in_loops: str) -> Finding:
-    """Judge the answers to `ask_nnunet` with the user's own variables and with those of a loop."""
+def _by_rule(variables: Mapping[str, str]) -> str:
+    """Return why nnU-Net would not find the trainer, by the rule that it goes by; nothing is imported."""
+    folder = extension_folder()
+    if str(folder) not in variables.get(EXTENSION_VARIABLE, "").split(os.pathsep):
+        return f"{EXTENSION_VARIABLE} does not name {folder}"
+    return "" if any(folder.glob("*.py")) else f"{folder} is empty"
+
+
+def check_trainer(as_it_is: str, in_loops: str, *, tried: bool = True) -> Finding:
+    """Judge why nnU-Net does not find the trainer with the user's own variables and with those of a loop."""
     if not as_it_is:
-        return ok("trainer", f"stock nnU-Net finds {TRAINER_NAME}")
+        untried = "" if tried else f" (where {EXTENSION_VARIABLE} says; doctor --trial imports it)"
+        return ok("trainer", f"stock nnU-Net finds {TRAINER_NAME}{untried}")
     if not in_loops:
         return warn(
             "trainer",
