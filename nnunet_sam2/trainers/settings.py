@@ -23,9 +23,6 @@ CPU_PRECISIONS = ("float32", "auto", "bfloat16")
 _LATER = ("human_cases", "cpu_precision", "ema_decay", "copy_paste", "soft_targets")
 """Settings that came later: written only where they ask for something, so that earlier settings stay the same ones."""
 
-_LATER = ("human_cases", "ema_decay", "copy_paste", "soft_targets")
-"""Settings that came later: written only where they ask for something, so that earlier settings stay the same ones."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class RoundSettings:
