@@ -34,11 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--save_probabilities", action="store_true", help="also write OUT/probabilities/CASE.npz")
     parser.add_argument("--disable_tta", action="store_true", help="do not mirror, even if the model was trained so")
-    parser.add_argument(
+    islands = parser.add_mutually_exclusive_group()
+    islands.add_argument(
+        "--no-postprocessing",
+        dest="postprocessing",
+        action="store_false",
+        help="give what the network says, without the post-processing that the run decided on its held-out cases",
+    )
+    islands.add_argument(
         "--keep-largest",
         action="store_true",
-        help="of each class that is one piece in every human label, keep the largest piece of a case alone; what the "
-        "network gave is in OUT/unfiltered",
+        help="instead of what the run decided: of each class that is one piece in every human label, keep the largest "
+        "piece of a case alone; what the network gave is in OUT/unfiltered",
     )
     parser.add_argument("--device", "-device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
@@ -55,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     """Predict every case of the input folder; what is there already and was made from the same is kept."""
     from nnunet_sam2.cohort.cohort import Cohort
     from nnunet_sam2.progress import say, track
-    from nnunet_sam2.rounds.nnunet import predict_cases
+    from nnunet_sam2.rounds.nnunet import model_folder, predict_cases, read_postprocessing
     from nnunet_sam2.volumes import read_stored
 
     folders = find_dataset(args.dataset)
@@ -69,6 +76,10 @@ def run(args: argparse.Namespace) -> int:
     # nnU-Net's reader takes a file that is cut off for a whole one, and NaN for 0.
     for path in track([path for files in cases.values() for path in files], what="checking"):
         read_stored(path)
+    decided = read_postprocessing(model_folder(folders, configuration)) if args.postprocessing else None
+    steps = decided.steps if decided and not args.keep_largest else ()
+    if decided and steps:
+        say(f"post-processing, as decided on held-out patients: {decided.described(cohort)} (--no-postprocessing: not)")
     predict_cases(
         folders,
         configuration,
@@ -79,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         log=args.out / "predict.log",
         save_probabilities=args.save_probabilities,
         mirroring=not args.disable_tta,
+        postprocessing=steps,
         threads=args.threads,
     )
     if args.keep_largest:

@@ -170,7 +170,10 @@ def refuse_unusable(folders: DatasetFolders, cohort: Cohort, options: RunOptions
     if options.configuration not in known:
         raise InputError(f"-c {options.configuration}: no such nnU-Net configuration; choose one of {', '.join(known)}")
     if options.fold == "all":
-        say("fold 'all': no labelled case is held out, so a fall of quality cannot be seen")
+        say(
+            "fold 'all': no labelled case is held out, so a fall of quality cannot be seen, "
+            "and no post-processing is decided"
+        )
         return
     splits = folders.preprocessed / SPLITS_FILE
     folds = len(read_json(splits) if splits.is_file() else make_splits(cohort))

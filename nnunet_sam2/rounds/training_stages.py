@@ -26,6 +26,8 @@ class Student:
     validation_dice: float | None
     """Mean Dice on the fold's held-out human labels; None where there are none."""
     digest: str
+    postprocessing: nnunet.Postprocessing | None = None
+    """What is done to its labels; None where nothing is held out to decide it on, or an earlier version trained it."""
 
 
 class TrainingStages:
@@ -149,6 +151,9 @@ class TrainingStages:
                 nnunet.read_validation(self.run.folders, name, self.run.fold) if self.run.validation_ids else None
             )
             files = [trained.checkpoint] + ([trained.summary] if trained.summary else [])
+            decided = self._decide_postprocessing(name) if self.run.validation_ids else None
+            if decided is not None:
+                files += nnunet.write_postprocessing(nnunet.model_folder(self.run.folders, name), decided)
             return StageResult(
                 files=tuple(files),
                 info={
@@ -158,6 +163,7 @@ class TrainingStages:
                     if validation
                     else {},
                     "checkpoint": str(trained.checkpoint.relative_to(self.run.folders.results)),
+                    "postprocessing": decided.to_json() if decided else None,
                 },
             )
 
@@ -174,12 +180,24 @@ class TrainingStages:
             checkpoint=self.run.folders.results / event["info"]["checkpoint"],
             validation_dice=event["info"]["validation_dice"],
             digest=event["digest"],
+            postprocessing=nnunet.Postprocessing.from_json(decided)
+            if (decided := event["info"].get("postprocessing"))
+            else None,
         )
+
+    def _decide_postprocessing(self, configuration: str) -> nnunet.Postprocessing:
+        """Decide the post-processing on the fold's held-out cases, and say what it is."""
+        folder = nnunet.fold_folder(self.run.folders, configuration, self.run.fold) / "validation"
+        cases = [self.run.cohort.case(case_id) for case_id in self.run.validation_ids]
+        decided = nnunet.decide_postprocessing(self.run.cohort, cases, folder)
+        say(f"post-processing of {configuration}, decided on held-out patients: {decided.described(self.run.cohort)}")
+        return decided
 
     def predict(self, student: Student) -> None:
         """Let the student segment the unlabelled cases, and the validation cases that check what prompts can do."""
         out = self.run.round_folder(student.number) / "student"
         cases = [*self.run.cohort.unlabelled, *(self.run.cohort.case(c) for c in self.run.validation_ids)]
+        steps = student.postprocessing.steps if student.postprocessing else ()
 
         def work() -> StageResult:
             files = nnunet.predict_cases(
@@ -191,6 +209,7 @@ class TrainingStages:
                 device=self.run.options.device,
                 log=self.run.logs / f"{student.configuration}_predict.log",
                 save_probabilities=True,
+                postprocessing=steps,
                 threads=self.run.options.threads,
                 hang_minutes=self.run.options.hang_minutes,
                 note=self.run.ledger.note_retry,
@@ -200,7 +219,11 @@ class TrainingStages:
 
         self.run.ledger.run_stage(
             f"r{student.number:02d}/predict",
-            {"student": student.digest, "cases": [c.case_id for c in cases]},
+            {
+                "student": student.digest,
+                "cases": [c.case_id for c in cases],
+                **({"postprocessing": [list(step) for step in steps]} if steps else {}),
+            },
             work,
             what=f"the student segments {len(cases)} cases",
         )

@@ -29,6 +29,12 @@ from nnunet_sam2.rounds.nnunet.plan import (
     require_splits,
     write_splits,
 )
+from nnunet_sam2.rounds.nnunet.postprocessing import (
+    Postprocessing,
+    decide_postprocessing,
+    read_postprocessing,
+    write_postprocessing,
+)
 from nnunet_sam2.rounds.nnunet.predict import predict_cases
 from nnunet_sam2.rounds.nnunet.training import read_validation, train
 
@@ -36,9 +42,11 @@ __all__ = [
     "PLANS",
     "TRAINER",
     "Fold",
+    "Postprocessing",
     "RoundConfiguration",
     "Trained",
     "ValidationDice",
+    "decide_postprocessing",
     "export_model",
     "final_checkpoint",
     "fold_folder",
@@ -52,8 +60,10 @@ __all__ = [
     "preprocess_unlabelled",
     "preprocessed_labelled",
     "read_plans",
+    "read_postprocessing",
     "read_validation",
     "require_splits",
     "train",
+    "write_postprocessing",
     "write_splits",
 ]
