@@ -11,7 +11,7 @@ import pytest
 from anisotropic_data import Dataset
 
 from nnunet_sam2.cli.main import main
-from nnunet_sam2.cli.predict import chosen_model, find_cases
+from nnunet_sam2.cli.predict import chosen_run, find_cases
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.checks import VOLUME_ENDINGS
@@ -79,7 +79,9 @@ def record_run(folders: DatasetFolders, options: RunOptions, dice: dict[int, flo
 
 
 def choose(folders: DatasetFolders, **options: object) -> tuple[str, str]:
-    return chosen_model(folders, Namespace(**{"round": None, "run_name": None, "fold": None, **options}))
+    asked = Namespace(**{"round": None, "run_name": None, "fold": None, **options})
+    state = chosen_run(folders, asked)
+    return state.configuration_of(asked.round), state.fold
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunet_sam2.cli.predict import add_model_arguments, chosen_model
+from nnunet_sam2.cli.predict import add_model_arguments, chosen_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +22,9 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_sam2.rounds.nnunet import export_model, read_postprocessing
 
     folders = find_dataset(args.dataset)
-    configuration, fold = chosen_model(folders, args)
-    out = export_model(folders, configuration, [fold], args.out.resolve())
+    state = chosen_run(folders, args)
+    configuration, fold = state.configuration_of(args.round), state.fold
+    out = export_model(folders, configuration, [fold], args.out.resolve(), plans=state.plans)
     say(f"{configuration}, fold {fold}, as a stock nnU-Net model: {out}")
     say(f"predict with: nnUNetv2_predict_from_modelfolder -i IMAGES -o OUT -m {out} -f {fold}")
     decided = read_postprocessing(out)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nnunet_sam2.cohort.names import checked_case_id
 from nnunet_sam2.errors import InputError
@@ -16,6 +16,8 @@ from nnunet_sam2.submission import UNFILTERED
 
 if TYPE_CHECKING:
     from nnunet_sam2.cohort.cohort import Cohort
+    from nnunet_sam2.rounds.new_images import BothSources
+    from nnunet_sam2.rounds.state import RunState
 
 _CHANNEL = re.compile(r"_(\d{4})$")
 
@@ -32,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", dest="out", type=Path, required=True, help="folder for the label maps")
     add_model_arguments(parser)
+    parser.add_argument(
+        "--with-sam2",
+        action="store_true",
+        help="let SAM 2 label the images too, from the run's supports, and fuse both by the run's own rule; their own "
+        "labels are in OUT/student and OUT/sam2, estimates of each label's Dice in OUT/quality.json",
+    )
     parser.add_argument("--save_probabilities", action="store_true", help="also write OUT/probabilities/CASE.npz")
     parser.add_argument("--disable_tta", action="store_true", help="do not mirror, even if the model was trained so")
     islands = parser.add_mutually_exclusive_group()
@@ -66,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_sam2.volumes import read_stored
 
     folders = find_dataset(args.dataset)
-    configuration, fold = chosen_model(folders, args)
+    state = chosen_run(folders, args)
+    configuration, fold = state.configuration_of(args.round), state.fold
     cohort = Cohort.load(folders.raw)
     if args.out.resolve() == args.images.resolve():
         raise InputError(f"-o {args.out} is the folder of the images; give another one")
@@ -76,7 +85,12 @@ def run(args: argparse.Namespace) -> int:
     # nnU-Net's reader takes a file that is cut off for a whole one, and NaN for 0.
     for path in track([path for files in cases.values() for path in files], what="checking"):
         read_stored(path)
-    decided = read_postprocessing(model_folder(folders, configuration)) if args.postprocessing else None
+    device = args.device if args.device != "auto" else _best_device()
+    both = _both_sources(args, folders, state, device) if args.with_sam2 else None
+    student = args.out / "student" if both else args.out
+    decided = (
+        read_postprocessing(model_folder(folders, configuration, plans=state.plans)) if args.postprocessing else None
+    )
     steps = decided.steps if decided and not args.keep_largest else ()
     if decided and steps:
         say(f"post-processing, as decided on held-out patients: {decided.described(cohort)} (--no-postprocessing: not)")
@@ -85,16 +99,19 @@ def run(args: argparse.Namespace) -> int:
         configuration,
         [fold],
         cases,
-        args.out / UNFILTERED if args.keep_largest else args.out,
-        device=args.device if args.device != "auto" else _best_device(),
+        args.out / UNFILTERED if args.keep_largest else student,
+        device=device,
         log=args.out / "predict.log",
-        save_probabilities=args.save_probabilities,
+        save_probabilities=args.save_probabilities or both is not None,
         mirroring=not args.disable_tta,
         postprocessing=steps,
+        plans=state.plans,
         threads=args.threads,
     )
     if args.keep_largest:
         _keep_largest(cohort, args.out, cases)
+    if both is not None:
+        _tell_quality(both.label(cases, args.out, save_probabilities=args.save_probabilities), args.out)
     say(f"label maps: {args.out}")
     return 0
 
@@ -112,8 +129,36 @@ def _keep_largest(cohort: Cohort, out: Path, cases: Iterable[str]) -> None:
     say(f"largest pieces kept of {of}: {sum(dropped)} voxels dropped in {len(dropped)} of {len(names)} cases")
 
 
-def chosen_model(folders: DatasetFolders, args: argparse.Namespace) -> tuple[str, str]:
-    """Return configuration and fold of the model that the options choose."""
+def _both_sources(args: argparse.Namespace, folders: DatasetFolders, state: RunState, device: str) -> BothSources:
+    from nnunet_sam2.rounds.new_images import BothSources
+
+    if args.keep_largest:
+        raise InputError("--with-sam2 keeps the largest piece of such classes as it fuses; leave out --keep-largest")
+    both = BothSources.of(folders, state, device=device, threads=args.threads)
+    if args.round not in (None, both.best_round):
+        raise InputError(
+            f"--with-sam2 fuses by what the run found of the model of round {both.best_round}; leave out --round"
+        )
+    return both
+
+
+def _tell_quality(quality: Mapping[str, Any], out: Path) -> None:
+    from nnunet_sam2.labelling.leave_one_out import mean_dice
+    from nnunet_sam2.progress import say
+
+    names, cases = quality["classes"], quality["cases"].values()
+    for what, of in (("SAM 2", "sam2"), ("student", "student"), ("both, fused", None)):
+        tables = [{int(v): (row[of] if of else row)["dice"] for v, row in case.items()} for case in cases]
+        means = mean_dice(tables, [int(value) for value in names])
+        told = ", ".join(f"{names[str(v)]}: {'-' if dice is None else f'{dice:.3f}'}" for v, dice in means.items())
+        say(f"estimated Dice, {what}: {told}")
+    if not quality["calibrated"]:
+        say("these estimates are not calibrated: it takes labelled cases of two patients that SAM 2 can label")
+    say(f"estimates and lower bounds of every case and class: {out / 'quality.json'}")
+
+
+def chosen_run(folders: DatasetFolders, args: argparse.Namespace) -> RunState:
+    """Return the run that the options choose."""
     from nnunet_sam2.rounds.state import find_runs, read_state
 
     if args.run_name is not None or args.fold is None:
@@ -127,7 +172,7 @@ def chosen_model(folders: DatasetFolders, args: argparse.Namespace) -> tuple[str
         state = fitting[-1]
     if args.fold is not None and state.fold != args.fold:
         raise InputError(f"run {args.run_name} trained fold {state.fold}, not {args.fold}; leave out -f")
-    return state.configuration_of(args.round), state.fold
+    return state
 
 
 def find_cases(folder: Path, endings: Sequence[str], *, files_a_case: int) -> dict[str, list[Path]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from pathlib import Path
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.labelling.registry import parse_settings
@@ -19,6 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", dest="dataset", required=True, help="dataset id or DatasetXXX_Name")
     parser.add_argument("-c", dest="configuration", default=_DEFAULTS.configuration, help="nnU-Net configuration")
     parser.add_argument("-f", dest="fold", default=_DEFAULTS.fold, help="fold of the labelled cases, or 'all'")
+    parser.add_argument(
+        "-p",
+        dest="plans",
+        default=_DEFAULTS.plans,
+        help="nnU-Net's plans: nnUNetResEncUNetMPlans (L, XL) are planned where they are not there yet, others must be "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pretrained",
+        metavar="CHECKPOINT",
+        help="weights that trainings from scratch start from, as by nnUNetv2_train -pretrained_weights: heads left out",
+    )
     parser.add_argument(
         "--sam2",
         default=EMBEDDED,
@@ -177,6 +190,8 @@ def options_of(args: argparse.Namespace) -> RunOptions:
         configuration=args.configuration,
         fold=args.fold,
         branch=args.branch,
+        plans=args.plans,
+        pretrained=str(Path(args.pretrained).resolve()) if args.pretrained else None,
         sam2=args.sam2,
         strategy=args.strategy,
         strategy_options=parse_settings(args.settings),

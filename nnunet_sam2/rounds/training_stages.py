@@ -13,6 +13,7 @@ from nnunet_sam2.rounds import nnunet
 from nnunet_sam2.rounds.context import RunContext
 from nnunet_sam2.rounds.ledger import StageResult
 from nnunet_sam2.rounds.pseudo_labels import Fused
+from nnunet_sam2.storage import file_hash
 from nnunet_sam2.support.library import PROBABILITIES
 
 
@@ -35,6 +36,7 @@ class TrainingStages:
 
     def __init__(self, run: RunContext) -> None:
         self.run = run
+        self.plans = run.options.plans
 
     def prepare(self) -> None:
         """Fingerprint, plan and preprocess: plans from the labelled cases alone, images of the unlabelled ones once."""
@@ -45,6 +47,8 @@ class TrainingStages:
                 self.run.cohort,
                 self.run.options.configuration,
                 log=self.run.logs / "plan_and_preprocess.log",
+                plans=self.plans,
+                planner=nnunet.PLANNERS.get(self.plans),
                 hang_minutes=self.run.options.hang_minutes,
             )
             folds = nnunet.write_splits(self.run.folders, self.run.cohort)
@@ -53,8 +57,11 @@ class TrainingStages:
                 self.run.cohort,
                 self.run.options.configuration,
                 [c.case_id for c in self.run.cohort.unlabelled],
+                plans=self.plans,
             )
-            preprocessed = nnunet.preprocessed_labelled(self.run.folders, self.run.options.configuration)
+            preprocessed = nnunet.preprocessed_labelled(
+                self.run.folders, self.run.options.configuration, plans=self.plans
+            )
             return StageResult(
                 files=(self.run.folders.preprocessed / "dataset_fingerprint.json", *preprocessed),
                 info={"folds": folds},
@@ -63,6 +70,7 @@ class TrainingStages:
         partly = _partly_annotated(self.run.cohort)
         inputs = {
             "configuration": self.run.options.configuration,
+            **({"plans": self.plans} if self.plans != nnunet.PLANS else {}),
             "cases": {c.case_id: [c.role.value, c.patient, c.voxel_hash] for c in self.run.cohort.cases},
             "labels": self.run.human_label_hashes,
             **({"annotated": partly} if partly else {}),
@@ -112,6 +120,7 @@ class TrainingStages:
                 labels=labels.folder if labels else None,
                 confidence=labels.folder / CONFIDENCE if labels else None,
                 overrides=self.run.overrides,
+                plans=self.plans,
             )
             return StageResult(
                 files=made.hashed_files,
@@ -130,10 +139,12 @@ class TrainingStages:
         """Train the round's nnU-Net with ``nnUNetv2_train``; from round 1 on it starts with the last one's weights."""
         name = self.run.configuration_name(number, final=final)
         settings = self.run.settings(number, final=final)
+        pretrained = Path(self.run.options.pretrained) if self.run.options.pretrained and not warm_start else None
         # the data stage hashes the configuration without the checkpoint to start from: the digest stands for it here
         inputs = {
             "data": self.run.digest(f"r{number:02d}/data"),
             "warm_start": warm_start.digest if warm_start else None,
+            **({"pretrained": file_hash(pretrained)} if pretrained else {}),
         }
 
         def work() -> StageResult:
@@ -144,16 +155,22 @@ class TrainingStages:
                 device=self.run.options.device,
                 log=self.run.logs / f"{name}_train.log",
                 threads=self.run.options.threads,
+                pretrained=pretrained,
+                plans=self.plans,
                 hang_minutes=self.run.options.hang_minutes,
                 note=self.run.ledger.note_retry,
             )
             validation = (
-                nnunet.read_validation(self.run.folders, name, self.run.fold) if self.run.validation_ids else None
+                nnunet.read_validation(self.run.folders, name, self.run.fold, plans=self.plans)
+                if self.run.validation_ids
+                else None
             )
             files = [trained.checkpoint] + ([trained.summary] if trained.summary else [])
             decided = self._decide_postprocessing(name) if self.run.validation_ids else None
             if decided is not None:
-                files += nnunet.write_postprocessing(nnunet.model_folder(self.run.folders, name), decided)
+                files += nnunet.write_postprocessing(
+                    nnunet.model_folder(self.run.folders, name, plans=self.plans), decided
+                )
             return StageResult(
                 files=tuple(files),
                 info={
@@ -187,7 +204,7 @@ class TrainingStages:
 
     def _decide_postprocessing(self, configuration: str) -> nnunet.Postprocessing:
         """Decide the post-processing on the fold's held-out cases, and say what it is."""
-        folder = nnunet.fold_folder(self.run.folders, configuration, self.run.fold) / "validation"
+        folder = nnunet.fold_folder(self.run.folders, configuration, self.run.fold, plans=self.plans) / "validation"
         cases = [self.run.cohort.case(case_id) for case_id in self.run.validation_ids]
         decided = nnunet.decide_postprocessing(self.run.cohort, cases, folder)
         say(f"post-processing of {configuration}, decided on held-out patients: {decided.described(self.run.cohort)}")
@@ -210,6 +227,7 @@ class TrainingStages:
                 log=self.run.logs / f"{student.configuration}_predict.log",
                 save_probabilities=True,
                 postprocessing=steps,
+                plans=self.plans,
                 threads=self.run.options.threads,
                 hang_minutes=self.run.options.hang_minutes,
                 note=self.run.ledger.note_retry,

@@ -7,6 +7,7 @@ is made anew, and the same inputs give the same labels and weights.
 from __future__ import annotations
 
 from nnunet_sam2.rounds.nnunet.base import (
+    PLANNERS,
     PLANS,
     TRAINER,
     Fold,
@@ -36,9 +37,10 @@ from nnunet_sam2.rounds.nnunet.postprocessing import (
     write_postprocessing,
 )
 from nnunet_sam2.rounds.nnunet.predict import predict_cases
-from nnunet_sam2.rounds.nnunet.training import read_validation, train
+from nnunet_sam2.rounds.nnunet.training import read_validation, require_pretrained, train
 
 __all__ = [
+    "PLANNERS",
     "PLANS",
     "TRAINER",
     "Fold",
@@ -62,6 +64,7 @@ __all__ = [
     "read_plans",
     "read_postprocessing",
     "read_validation",
+    "require_pretrained",
     "require_splits",
     "train",
     "write_postprocessing",
