@@ -99,6 +99,10 @@ ONE_PIECE: dict[str, int | list[int]] = {"background": 0, "body": 1, "core": 2}
 REGIONS: dict[str, int | list[int]] = {"background": 0, "whole": [1, 2], "core": 2, "pair": 3}
 
 
+def files_of(cohort: Cohort, predictions: Path) -> dict[str, Path]:
+    return {case.case_id: predictions / f"{case.case_id}.nii.gz" for case in cohort.labelled}
+
+
 def decided_by_stock(cohort: Cohort, predictions: Path, patch: pytest.MonkeyPatch) -> list[list[int]]:
     """Let nnU-Net decide, in threads: each of its pools would import torch anew."""
     import nnunetv2.evaluation.evaluate_predictions as evaluation
@@ -134,7 +138,7 @@ def test_the_decision_is_nnunets_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cohort, predictions = small_cohort(tmp_path, islands, labels)
-    decided = decide_postprocessing(cohort, cohort.labelled, predictions)
+    decided = decide_postprocessing(cohort, files_of(cohort, predictions))
     assert [list(step) for step in decided.steps] == decided_by_stock(cohort, predictions, monkeypatch) == steps
 
 
@@ -146,8 +150,8 @@ def test_a_patient_with_many_scans_does_not_decide_alone(tmp_path: Path) -> None
     for folder in ("labelsTr", "predicted"):
         write_label(tmp_path / folder / "case_3.nii.gz", human, geometry)
     each = replace(cohort, cases=tuple(replace(case, patient=case.case_id) for case in cohort.cases))
-    by_case = decide_postprocessing(each, each.labelled, predictions)
-    by_patient = decide_postprocessing(cohort, cohort.labelled, predictions)
+    by_case = decide_postprocessing(each, files_of(each, predictions))
+    by_patient = decide_postprocessing(cohort, files_of(cohort, predictions))
     assert by_case.patients == 4
     assert by_patient.patients == 2
     assert by_patient.steps == ()
@@ -157,7 +161,7 @@ def test_a_patient_with_many_scans_does_not_decide_alone(tmp_path: Path) -> None
 def test_what_no_human_label_answers_for_decides_nothing(tmp_path: Path) -> None:
     cohort, predictions = small_cohort(tmp_path, [(1, 2), (1, 2)], CLASSES)
     partly = replace(cohort, cases=tuple(replace(case, annotated=(2,)) for case in cohort.cases))
-    decided = decide_postprocessing(partly, partly.labelled, predictions)
+    decided = decide_postprocessing(partly, files_of(partly, predictions))
     assert decided.steps == ((2,),)
     assert decided.before["1"] is None
 
@@ -177,7 +181,7 @@ def test_what_is_taken_away_is_certain_background() -> None:
 
 def test_nnunet_applies_what_was_written(tmp_path: Path) -> None:
     cohort, predictions = small_cohort(tmp_path, [(1,), (1, 2)], CLASSES)
-    decided = decide_postprocessing(cohort, cohort.labelled, predictions)
+    decided = decide_postprocessing(cohort, files_of(cohort, predictions))
     assert read_postprocessing(tmp_path) is None
     write_postprocessing(tmp_path, decided)
     assert read_postprocessing(tmp_path) == decided

@@ -122,6 +122,8 @@ def test_a_training_starts_from_the_weights_it_is_given_without_their_heads(trai
     before, after = (read_checkpoint(path)["network_weights"] for path in (given, done.checkpoint))
     for name, weights in before.items():
         same = bool((weights - after[name]).abs().max() < 1e-6)
+        if name.endswith(".seg_layers.0.bias"):
+            continue  # the lowest head weighs nothing in the loss: its bias stays at 0 in every training
         assert same != (".seg_layers." in name), name
 
 
@@ -134,13 +136,13 @@ def test_a_killed_training_goes_on_from_its_own_checkpoint(trained: Dataset, mon
 
     def note(argv: list[str], **_: Any) -> list[str]:
         asked.append(argv)
+        folder.mkdir(exist_ok=True)
         shutil.copy(given, folder / "checkpoint_final.pth")
         return []
 
     monkeypatch.setattr(nnunet_train, "stream_logged", note)
     train(trained.folders, "3d_fullres_r01", 0, device="cpu", log=trained.log, pretrained=given)
     shutil.rmtree(folder)
-    folder.mkdir()
     train(trained.folders, "3d_fullres_r01", 0, device="cpu", log=trained.log, pretrained=given)
     assert asked[0][-1] == "--c"
     assert asked[1][-2:] == ["-pretrained_weights", str(given)]

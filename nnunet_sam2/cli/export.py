@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunet_sam2.cli.predict import add_model_arguments, chosen_run
+from nnunet_sam2.cli.predict import add_model_arguments, chosen_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,11 +22,10 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_sam2.rounds.nnunet import export_model, read_postprocessing
 
     folders = find_dataset(args.dataset)
-    state = chosen_run(folders, args)
-    configuration, fold = state.configuration_of(args.round), state.fold
-    out = export_model(folders, configuration, [fold], args.out.resolve(), plans=state.plans)
-    say(f"{configuration}, fold {fold}, as a stock nnU-Net model: {out}")
-    say(f"predict with: nnUNetv2_predict_from_modelfolder -i IMAGES -o OUT -m {out} -f {fold}")
+    chosen = chosen_model(folders, args)
+    out = export_model(folders, chosen.configuration, chosen.folds, args.out.resolve(), plans=chosen.plans)
+    say(f"{chosen.configuration}, {chosen.described_folds}, as a stock nnU-Net model: {out}")
+    say(f"predict with: nnUNetv2_predict_from_modelfolder -i IMAGES -o OUT -m {out} -f {' '.join(chosen.folds)}")
     decided = read_postprocessing(out)
     if decided and decided.steps:
         say(f"and then: nnUNetv2_apply_postprocessing -i OUT -o FINAL -pp_pkl_file {out}/postprocessing.pkl")

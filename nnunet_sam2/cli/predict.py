@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that choose a model among a dataset's runs and rounds."""
     parser.add_argument("--round", type=int, help="round whose model to use (default: the best one)")
     parser.add_argument("--run", dest="run_name", help="run, by the name that status shows (default: the last one)")
-    parser.add_argument("-f", dest="fold", help="fold of the run (default: that of the last run)")
+    parser.add_argument(
+        "-f",
+        dest="fold",
+        nargs="+",
+        help="fold of the run (default: that of the last run); several, or cv: the ensemble of the runs of these folds",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,30 +80,28 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_sam2.volumes import read_stored
 
     folders = find_dataset(args.dataset)
-    state = chosen_run(folders, args)
-    configuration, fold = state.configuration_of(args.round), state.fold
+    chosen = chosen_model(folders, args)
     cohort = Cohort.load(folders.raw)
     if args.out.resolve() == args.images.resolve():
         raise InputError(f"-o {args.out} is the folder of the images; give another one")
     endings = VOLUME_ENDINGS if cohort.file_ending in VOLUME_ENDINGS else (cohort.file_ending,)
     cases = find_cases(args.images, endings, files_a_case=len(cohort.cases[0].images))
-    say(f"{len(cases)} cases with {configuration}, fold {fold}")
+    say(f"{len(cases)} cases with {chosen.configuration}, {chosen.described_folds}")
     # nnU-Net's reader takes a file that is cut off for a whole one, and NaN for 0.
     for path in track([path for files in cases.values() for path in files], what="checking"):
         read_stored(path)
     device = args.device if args.device != "auto" else _best_device()
-    both = _both_sources(args, folders, state, device) if args.with_sam2 else None
+    both = _both_sources(args, folders, chosen.run, device) if args.with_sam2 else None
     student = args.out / "student" if both else args.out
-    decided = (
-        read_postprocessing(model_folder(folders, configuration, plans=state.plans)) if args.postprocessing else None
-    )
+    model = model_folder(folders, chosen.configuration, plans=chosen.plans)
+    decided = read_postprocessing(model) if args.postprocessing else None
     steps = decided.steps if decided and not args.keep_largest else ()
     if decided and steps:
         say(f"post-processing, as decided on held-out patients: {decided.described(cohort)} (--no-postprocessing: not)")
     predict_cases(
         folders,
-        configuration,
-        [fold],
+        chosen.configuration,
+        chosen.folds,
         cases,
         args.out / UNFILTERED if args.keep_largest else student,
         device=device,
@@ -105,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         save_probabilities=args.save_probabilities or both is not None,
         mirroring=not args.disable_tta,
         postprocessing=steps,
-        plans=state.plans,
+        plans=chosen.plans,
         threads=args.threads,
     )
     if args.keep_largest:
@@ -129,9 +133,13 @@ def _keep_largest(cohort: Cohort, out: Path, cases: Iterable[str]) -> None:
     say(f"largest pieces kept of {of}: {sum(dropped)} voxels dropped in {len(dropped)} of {len(names)} cases")
 
 
-def _both_sources(args: argparse.Namespace, folders: DatasetFolders, state: RunState, device: str) -> BothSources:
+def _both_sources(
+    args: argparse.Namespace, folders: DatasetFolders, state: RunState | None, device: str
+) -> BothSources:
     from nnunet_sam2.rounds.new_images import BothSources
 
+    if state is None:
+        raise InputError("--with-sam2 fuses by the rule of one run; give one fold with -f, or a run with --run")
     if args.keep_largest:
         raise InputError("--with-sam2 keeps the largest piece of such classes as it fuses; leave out --keep-largest")
     both = BothSources.of(folders, state, device=device, threads=args.threads)
@@ -157,21 +165,50 @@ def _tell_quality(quality: Mapping[str, Any], out: Path) -> None:
     say(f"estimates and lower bounds of every case and class: {out / 'quality.json'}")
 
 
-def chosen_run(folders: DatasetFolders, args: argparse.Namespace) -> RunState:
-    """Return the run that the options choose."""
+@dataclass(frozen=True, kw_only=True)
+class ChosenModel:
+    """Name a model folder of nnU-Net's and the folds of it that predict."""
+
+    configuration: str
+    folds: tuple[str, ...]
+    plans: str
+    run: RunState | None
+    """The run that trained it; None for an ensemble of several."""
+
+    @property
+    def described_folds(self) -> str:
+        """Say which folds predict."""
+        return f"fold {self.folds[0]}" if len(self.folds) == 1 else f"the mean of folds {', '.join(self.folds)}"
+
+
+def chosen_model(folders: DatasetFolders, args: argparse.Namespace) -> ChosenModel:
+    """Return the model that the options choose: of a round of a run, or the ensemble of several folds."""
+    from nnunet_sam2.rounds.ensemble import ALL_FOLDS, find_ensemble
+
+    if args.fold and (len(args.fold) > 1 or args.fold == [ALL_FOLDS]):
+        if args.round is not None:
+            raise InputError("--round chooses among the rounds of one run; an ensemble has the best one of each fold")
+        found = find_ensemble(folders, args.fold, args.run_name)
+        return ChosenModel(configuration=found.configuration, folds=found.folds, plans=found.plans, run=None)
+    state = _chosen_run(folders, args.run_name, args.fold[0] if args.fold else None)
+    configuration = state.configuration_of(args.round)
+    return ChosenModel(configuration=configuration, folds=(state.fold,), plans=state.plans, run=state)
+
+
+def _chosen_run(folders: DatasetFolders, run_name: str | None, fold: str | None) -> RunState:
     from nnunet_sam2.rounds.state import find_runs, read_state
 
-    if args.run_name is not None or args.fold is None:
-        state = read_state(folders, args.run_name)
+    if run_name is not None or fold is None:
+        state = read_state(folders, run_name)
     else:
         states = [read_state(folders, path.name) for path in find_runs(folders)]
-        fitting = [state for state in states if state.fold == args.fold]
+        fitting = [state for state in states if state.fold == fold]
         if not fitting:
             known = ", ".join(sorted({state.fold for state in states})) or "none"
-            raise InputError(f"{folders.name} has no run of fold {args.fold}; folds with runs: {known}")
+            raise InputError(f"{folders.name} has no run of fold {fold}; folds with runs: {known}")
         state = fitting[-1]
-    if args.fold is not None and state.fold != args.fold:
-        raise InputError(f"run {args.run_name} trained fold {state.fold}, not {args.fold}; leave out -f")
+    if fold is not None and state.fold != fold:
+        raise InputError(f"run {run_name} trained fold {state.fold}, not {fold}; leave out -f")
     return state
 
 

@@ -205,8 +205,8 @@ class TrainingStages:
     def _decide_postprocessing(self, configuration: str) -> nnunet.Postprocessing:
         """Decide the post-processing on the fold's held-out cases, and say what it is."""
         folder = nnunet.fold_folder(self.run.folders, configuration, self.run.fold, plans=self.plans) / "validation"
-        cases = [self.run.cohort.case(case_id) for case_id in self.run.validation_ids]
-        decided = nnunet.decide_postprocessing(self.run.cohort, cases, folder)
+        files = {name: folder / f"{name}{self.run.cohort.file_ending}" for name in self.run.validation_ids}
+        decided = nnunet.decide_postprocessing(self.run.cohort, files)
         say(f"post-processing of {configuration}, decided on held-out patients: {decided.described(self.run.cohort)}")
         return decided
 

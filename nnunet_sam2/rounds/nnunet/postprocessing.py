@@ -96,17 +96,17 @@ def without_removed(prob_czyx: np.ndarray, label_zyx: np.ndarray, kept_zyx: np.n
     return result_czyx
 
 
-def decide_postprocessing(cohort: Cohort, cases: Sequence[Case], predictions: Path) -> Postprocessing:
+def decide_postprocessing(cohort: Cohort, predictions: Mapping[str, Path]) -> Postprocessing:
     """Find the post-processing that helps on labelled cases, as ``nnUNetv2_determine_postprocessing`` does.
 
-    ``predictions`` holds ``CASE<ending>`` of the cases. First all foreground as one: its largest piece is kept where
-    the mean Dice rises and no region's falls. Then each region, where there are several, in the order of the label
-    table: where its own Dice rises. Means are over patients, so that one with many scans does not decide alone; with a
-    case a patient the decision is nnU-Net's. A region counts in a case whose human label answers for all of it, and
-    nothing is taken from a class that no case answers for.
+    ``predictions`` maps a case to the label map that a network drew which had not seen it. First all foreground as one:
+    its largest piece is kept where the mean Dice rises and no region's falls. Then each region, where there are
+    several, in the order of the label table: where its own Dice rises. Means are over patients, so that one with many
+    scans does not decide alone; with a case a patient the decision is nnU-Net's. A region counts in a case whose human
+    label answers for all of it, and nothing is taken from a class that no case answers for.
     """
     regions = _regions(cohort)
-    pairs = [_read_pair(cohort, case, predictions) for case in cases]
+    pairs = [_read_pair(cohort, cohort.case(case_id), path) for case_id, path in predictions.items()]
     before = {region: _mean(pairs, region) for region in regions}
     steps: list[Region] = []
     foreground = cohort.class_values
@@ -190,8 +190,8 @@ class _Pair:
         return 2.0 * int((mine & theirs).sum()) / total if total else None
 
 
-def _read_pair(cohort: Cohort, case: Case, predictions: Path) -> _Pair:
-    predicted_zyx, _ = read_label(predictions / f"{case.case_id}{cohort.file_ending}")
+def _read_pair(cohort: Cohort, case: Case, prediction: Path) -> _Pair:
+    predicted_zyx, _ = read_label(prediction)
     human_zyx, _ = read_label(cohort.label_path(case))
     box = _bounding_box((predicted_zyx > 0) | (human_zyx > 0)) or (slice(0, 0),) * predicted_zyx.ndim
     # Copies: a view would keep the whole volume.
