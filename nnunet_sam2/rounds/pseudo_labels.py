@@ -315,10 +315,6 @@ def _of_case(cohort: Mapping[int, float], case: DiceTable | None) -> DiceTable:
     return {value: dice if case is None or value not in case else case[value] for value, dice in cohort.items()}
 
 
-def _count(label_zyx: np.ndarray, values: Sequence[int]) -> dict[int, int]:
-    return {v: int((label_zyx == v).sum()) for v in values}
-
-
 def _text_keys(table: Mapping[str, Mapping[int, Any]]) -> dict[str, dict[str, Any]]:
     return {name: {str(key): item for key, item in row.items()} for name, row in table.items()}
 
