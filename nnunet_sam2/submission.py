@@ -28,7 +28,10 @@ MISSING, EXTRA, BY_PRODUCT, FOLDER, UNREADABLE, TYPE, VALUES, GEOMETRY = (
 UNFILTERED = "unfiltered"
 """Folder of what `nnunet_sam2 predict --keep-largest` was given by the network."""
 
-_BY_PRODUCTS = ("predict.log", "dataset.json", "plans.json", "predict_from_raw_data_args.json")
+_SOURCES = ("sam2", "student", "confidence", "probabilities")
+"""Folders that `nnunet_sam2 predict --with-sam2` writes beside the label files."""
+
+_BY_PRODUCTS = ("predict.log", "quality.json", "dataset.json", "plans.json", "predict_from_raw_data_args.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +103,7 @@ def _opened(submission: Path) -> Iterator[Path]:
 def _is_by_product(name: str) -> bool:
     """Say whether `nnunet_sam2 predict` or nnU-Net itself writes this file beside the label files."""
     path = PurePosixPath(name)
-    if path.parts[0] == UNFILTERED:
+    if path.parts[0] in (UNFILTERED, *_SOURCES):
         return True
     return path.name in _BY_PRODUCTS or (path.suffix == ".json" and path.parent.name == "records")
 

@@ -78,8 +78,9 @@ def record_run(folders: DatasetFolders, options: RunOptions, dice: dict[int, flo
             ledger.run_stage(f"r{number:02d}/{stage}", {}, lambda info=info: StageResult(info=info), what=stage)
 
 
-def choose(folders: DatasetFolders, **options: object) -> tuple[str, str]:
-    return chosen_model(folders, Namespace(**{"round": None, "run_name": None, "fold": None, **options}))
+def choose(folders: DatasetFolders, **options: object) -> tuple[str, ...]:
+    chosen = chosen_model(folders, Namespace(**{"round": None, "run_name": None, "fold": None, **options}))
+    return chosen.configuration, *chosen.folds
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def two_runs(tmp_path: Path) -> DatasetFolders:
 def test_the_best_round_of_the_last_run_is_taken_unless_another_is_named(two_runs: DatasetFolders) -> None:
     assert choose(two_runs) == ("3d_fullres_r01", "0")
     assert choose(two_runs, round=2) == ("3d_fullres_r02", "0")
-    assert choose(two_runs, fold="1") == ("3d_fullres_f1_r01", "1")
+    assert choose(two_runs, fold=["1"]) == ("3d_fullres_f1_r01", "1")
     assert choose(two_runs, run_name="3d_fullres_fold1", round=0) == ("3d_fullres_f1_r00", "1")
 
 
@@ -106,9 +107,9 @@ def test_models_that_are_not_there_are_refused_with_those_that_are(two_runs: Dat
     with pytest.raises(InputError, match=r"round 7 has no trained model .* finished rounds: 0, 1, 2"):
         choose(two_runs, round=7)
     with pytest.raises(InputError, match="no run of fold 3; folds with runs: 0, 1"):
-        choose(two_runs, fold="3")
+        choose(two_runs, fold=["3"])
     with pytest.raises(InputError, match="run 3d_fullres_fold1 trained fold 1, not 0"):
-        choose(two_runs, fold="0", run_name="3d_fullres_fold1")
+        choose(two_runs, fold=["0"], run_name="3d_fullres_fold1")
 
 
 def test_predict_and_export_work_from_the_command_line(

@@ -25,6 +25,7 @@ from loop_command import (
     was_started,
 )
 
+from nnunet_sam2.cli.main import main
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.rounds import disk
@@ -119,6 +120,44 @@ def test_the_model_of_any_round_predicts_and_the_best_is_the_default(finished: P
     refused = command(finished, "predict", "-d", "501", "-i", str(images), "-o", str(tmp_path / "x"), "--round", "7")
     assert refused.returncode == 2
     assert "finished rounds: 0, 1, 2" in refused.stderr
+
+
+def test_what_both_sources_say_of_new_images_is_what_the_loop_says_of_its_own(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(finished / f"nnUNet_{name}"))
+    run, out = run_folder(finished), tmp_path / "out"
+    ledger = file_hash(run / LEDGER_FILE)
+    images = next((finished / "nnUNet_raw").glob("*/imagesUn"))
+    asked = ["predict", "-d", "501", "-i", str(images), "-o", str(out), "--with-sam2", "--device", "cpu"]
+    asked += ["--threads", "1"]
+    assert main(asked) == 0
+    told = capsys.readouterr().out
+    assert all(f"estimated Dice, {what}:" in told for what in ("SAM 2", "student", "both, fused"))
+    names = sorted(path.name for path in (run / "labels").glob("*.nii.gz"))
+    assert names == sorted(path.name for path in out.glob("*.nii.gz"))
+    own = read_json(run / "labels" / "round.json")["estimates"]
+    quality = read_json(out / "quality.json")
+    for name in names:
+        for file in (name, f"confidence/{name}"):
+            assert file_hash(out / file) == file_hash(run / "labels" / file), file
+        assert file_hash(out / "sam2" / name) == file_hash(run / "sam2" / "unlabelled" / name)
+        case = name.removesuffix(".nii.gz")
+        assert {v: row["dice"] for v, row in quality["cases"][case].items()} == own[case]
+        for row in quality["cases"][case].values():
+            assert row["dice"] is None or row["lower"] is None or row["lower"] <= row["dice"]
+    # What was killed goes on: a label that is lost is made again, what is there stays as it is.
+    kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.nii.gz") if path.name != names[0]}
+    lost = file_hash(out / names[0])
+    (out / names[0]).unlink()
+    (out / "sam2" / names[0]).unlink()
+    assert main(asked) == 0
+    assert file_hash(out / names[0]) == lost
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert file_hash(run / LEDGER_FILE) == ledger
+    other = "1" if quality["model"] == "3d_fullres_r00" else "0"
+    assert main([*asked, "--round", other]) == 2
 
 
 def test_no_stage_writes_more_than_was_asked_for_before_it(finished: Path) -> None:

@@ -135,7 +135,8 @@ def test_the_command_that_is_told_has_the_runs_own_options(given: dict[str, Any]
     add_arguments(parser)
     program, command, *arguments = shlex.split(options.command(7))
     assert (program, command, arguments[:2]) == ("nnunet_sam2", "run", ["-d", "7"])
-    assert options_of(parser.parse_args(arguments)).identity() == options.identity()
+    parsed = parser.parse_args(arguments)
+    assert options_of(parsed, *parsed.folds).identity() == options.identity()
 
 
 def test_another_sam2_under_the_same_name_is_refused_when_a_run_is_continued(

@@ -142,13 +142,14 @@ def test_what_a_prediction_writes_beside_its_labels_is_a_problem_in_a_zip_alone(
     folder = tmp_path / "out"
     for case in cohort.test:
         write_label(folder / f"{case.case_id}.nii.gz", np.zeros(case.geometry.shape_zyx, np.uint8), case.geometry)
-    (folder / "records").mkdir()
-    for name in ("predict.log", "plans.json", f"records/{cohort.test[0].case_id}.json"):
+    case_id = cohort.test[0].case_id
+    for name in ("predict.log", "quality.json", f"records/{case_id}.json", f"student/{case_id}.nii.gz"):
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
     assert main(["check-submission", "-d", str(tiny_dataset.dataset_id), "-p", str(folder)]) == 0
     told = capsys.readouterr().out
     assert "all good" in told
-    assert "to be left out of a zip: plans.json, predict.log, records/" in told
+    assert "to be left out of a zip: predict.log, quality.json, records/" in told
     packed = _packed(folder, "")
     assert main(["check-submission", "-d", str(tiny_dataset.dataset_id), "-p", str(packed)]) == 1
-    assert capsys.readouterr().out.count("by-product: ") == 3
+    assert capsys.readouterr().out.count("by-product: ") == 4

@@ -19,11 +19,14 @@ def run(args: argparse.Namespace) -> int:
     """Write the model folder and print the command that predicts with it."""
     from nnunet_sam2.folders import find_dataset
     from nnunet_sam2.progress import say
-    from nnunet_sam2.rounds.nnunet import export_model
+    from nnunet_sam2.rounds.nnunet import export_model, read_postprocessing
 
     folders = find_dataset(args.dataset)
-    configuration, fold = chosen_model(folders, args)
-    out = export_model(folders, configuration, [fold], args.out.resolve())
-    say(f"{configuration}, fold {fold}, as a stock nnU-Net model: {out}")
-    say(f"predict with: nnUNetv2_predict_from_modelfolder -i IMAGES -o OUT -m {out} -f {fold}")
+    chosen = chosen_model(folders, args)
+    out = export_model(folders, chosen.configuration, chosen.folds, args.out.resolve(), plans=chosen.plans)
+    say(f"{chosen.configuration}, {chosen.described_folds}, as a stock nnU-Net model: {out}")
+    say(f"predict with: nnUNetv2_predict_from_modelfolder -i IMAGES -o OUT -m {out} -f {' '.join(chosen.folds)}")
+    decided = read_postprocessing(out)
+    if decided and decided.steps:
+        say(f"and then: nnUNetv2_apply_postprocessing -i OUT -o FINAL -pp_pkl_file {out}/postprocessing.pkl")
     return 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nnunet_sam2.cohort.names import checked_case_id
 from nnunet_sam2.errors import InputError
@@ -16,6 +17,8 @@ from nnunet_sam2.submission import UNFILTERED
 
 if TYPE_CHECKING:
     from nnunet_sam2.cohort.cohort import Cohort
+    from nnunet_sam2.rounds.new_images import BothSources
+    from nnunet_sam2.rounds.state import RunState
 
 _CHANNEL = re.compile(r"_(\d{4})$")
 
@@ -32,13 +35,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", dest="out", type=Path, required=True, help="folder for the label maps")
     add_model_arguments(parser)
+    parser.add_argument(
+        "--with-sam2",
+        action="store_true",
+        help="let SAM 2 label the images too, from the run's supports, and fuse both by the run's own rule; their own "
+        "labels are in OUT/student and OUT/sam2, estimates of each label's Dice in OUT/quality.json",
+    )
     parser.add_argument("--save_probabilities", action="store_true", help="also write OUT/probabilities/CASE.npz")
     parser.add_argument("--disable_tta", action="store_true", help="do not mirror, even if the model was trained so")
-    parser.add_argument(
+    islands = parser.add_mutually_exclusive_group()
+    islands.add_argument(
+        "--no-postprocessing",
+        dest="postprocessing",
+        action="store_false",
+        help="give what the network says, without the post-processing that the run decided on its held-out cases",
+    )
+    islands.add_argument(
         "--keep-largest",
         action="store_true",
-        help="of each class that is one piece in every human label, keep the largest piece of a case alone; what the "
-        "network gave is in OUT/unfiltered",
+        help="instead of what the run decided: of each class that is one piece in every human label, keep the largest "
+        "piece of a case alone; what the network gave is in OUT/unfiltered",
     )
     parser.add_argument("--device", "-device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
@@ -48,41 +64,58 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that choose a model among a dataset's runs and rounds."""
     parser.add_argument("--round", type=int, help="round whose model to use (default: the best one)")
     parser.add_argument("--run", dest="run_name", help="run, by the name that status shows (default: the last one)")
-    parser.add_argument("-f", dest="fold", help="fold of the run (default: that of the last run)")
+    parser.add_argument(
+        "-f",
+        dest="fold",
+        nargs="+",
+        help="fold of the run (default: that of the last run); several, or cv: the ensemble of the runs of these folds",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Predict every case of the input folder; what is there already and was made from the same is kept."""
     from nnunet_sam2.cohort.cohort import Cohort
     from nnunet_sam2.progress import say, track
-    from nnunet_sam2.rounds.nnunet import predict_cases
+    from nnunet_sam2.rounds.nnunet import model_folder, predict_cases, read_postprocessing
     from nnunet_sam2.volumes import read_stored
 
     folders = find_dataset(args.dataset)
-    configuration, fold = chosen_model(folders, args)
+    chosen = chosen_model(folders, args)
     cohort = Cohort.load(folders.raw)
     if args.out.resolve() == args.images.resolve():
         raise InputError(f"-o {args.out} is the folder of the images; give another one")
     endings = VOLUME_ENDINGS if cohort.file_ending in VOLUME_ENDINGS else (cohort.file_ending,)
     cases = find_cases(args.images, endings, files_a_case=len(cohort.cases[0].images))
-    say(f"{len(cases)} cases with {configuration}, fold {fold}")
+    say(f"{len(cases)} cases with {chosen.configuration}, {chosen.described_folds}")
     # nnU-Net's reader takes a file that is cut off for a whole one, and NaN for 0.
     for path in track([path for files in cases.values() for path in files], what="checking"):
         read_stored(path)
+    device = args.device if args.device != "auto" else _best_device()
+    both = _both_sources(args, folders, chosen.run, device) if args.with_sam2 else None
+    student = args.out / "student" if both else args.out
+    model = model_folder(folders, chosen.configuration, plans=chosen.plans)
+    decided = read_postprocessing(model) if args.postprocessing else None
+    steps = decided.steps if decided and not args.keep_largest else ()
+    if decided and steps:
+        say(f"post-processing, as decided on held-out patients: {decided.described(cohort)} (--no-postprocessing: not)")
     predict_cases(
         folders,
-        configuration,
-        [fold],
+        chosen.configuration,
+        chosen.folds,
         cases,
-        args.out / UNFILTERED if args.keep_largest else args.out,
-        device=args.device if args.device != "auto" else _best_device(),
+        args.out / UNFILTERED if args.keep_largest else student,
+        device=device,
         log=args.out / "predict.log",
-        save_probabilities=args.save_probabilities,
+        save_probabilities=args.save_probabilities or both is not None,
         mirroring=not args.disable_tta,
+        postprocessing=steps,
+        plans=chosen.plans,
         threads=args.threads,
     )
     if args.keep_largest:
         _keep_largest(cohort, args.out, cases)
+    if both is not None:
+        _tell_quality(both.label(cases, args.out, save_probabilities=args.save_probabilities), args.out)
     say(f"label maps: {args.out}")
     return 0
 
@@ -100,22 +133,83 @@ def _keep_largest(cohort: Cohort, out: Path, cases: Iterable[str]) -> None:
     say(f"largest pieces kept of {of}: {sum(dropped)} voxels dropped in {len(dropped)} of {len(names)} cases")
 
 
-def chosen_model(folders: DatasetFolders, args: argparse.Namespace) -> tuple[str, str]:
-    """Return configuration and fold of the model that the options choose."""
+def _both_sources(
+    args: argparse.Namespace, folders: DatasetFolders, state: RunState | None, device: str
+) -> BothSources:
+    from nnunet_sam2.rounds.new_images import BothSources
+
+    if state is None:
+        raise InputError("--with-sam2 fuses by the rule of one run; give one fold with -f, or a run with --run")
+    if args.keep_largest:
+        raise InputError("--with-sam2 keeps the largest piece of such classes as it fuses; leave out --keep-largest")
+    both = BothSources.of(folders, state, device=device, threads=args.threads)
+    if args.round not in (None, both.best_round):
+        raise InputError(
+            f"--with-sam2 fuses by what the run found of the model of round {both.best_round}; leave out --round"
+        )
+    return both
+
+
+def _tell_quality(quality: Mapping[str, Any], out: Path) -> None:
+    from nnunet_sam2.labelling.leave_one_out import mean_dice
+    from nnunet_sam2.progress import say
+
+    names, cases = quality["classes"], quality["cases"].values()
+    for what, of in (("SAM 2", "sam2"), ("student", "student"), ("both, fused", None)):
+        tables = [{int(v): (row[of] if of else row)["dice"] for v, row in case.items()} for case in cases]
+        means = mean_dice(tables, [int(value) for value in names])
+        told = ", ".join(f"{names[str(v)]}: {'-' if dice is None else f'{dice:.3f}'}" for v, dice in means.items())
+        say(f"estimated Dice, {what}: {told}")
+    if not quality["calibrated"]:
+        say("these estimates are not calibrated: it takes labelled cases of two patients that SAM 2 can label")
+    say(f"estimates and lower bounds of every case and class: {out / 'quality.json'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenModel:
+    """Name a model folder of nnU-Net's and the folds of it that predict."""
+
+    configuration: str
+    folds: tuple[str, ...]
+    plans: str
+    run: RunState | None
+    """The run that trained it; None for an ensemble of several."""
+
+    @property
+    def described_folds(self) -> str:
+        """Say which folds predict."""
+        return f"fold {self.folds[0]}" if len(self.folds) == 1 else f"the mean of folds {', '.join(self.folds)}"
+
+
+def chosen_model(folders: DatasetFolders, args: argparse.Namespace) -> ChosenModel:
+    """Return the model that the options choose: of a round of a run, or the ensemble of several folds."""
+    from nnunet_sam2.rounds.ensemble import ALL_FOLDS, find_ensemble
+
+    if args.fold and (len(args.fold) > 1 or args.fold == [ALL_FOLDS]):
+        if args.round is not None:
+            raise InputError("--round chooses among the rounds of one run; an ensemble has the best one of each fold")
+        found = find_ensemble(folders, args.fold, args.run_name)
+        return ChosenModel(configuration=found.configuration, folds=found.folds, plans=found.plans, run=None)
+    state = _chosen_run(folders, args.run_name, args.fold[0] if args.fold else None)
+    configuration = state.configuration_of(args.round)
+    return ChosenModel(configuration=configuration, folds=(state.fold,), plans=state.plans, run=state)
+
+
+def _chosen_run(folders: DatasetFolders, run_name: str | None, fold: str | None) -> RunState:
     from nnunet_sam2.rounds.state import find_runs, read_state
 
-    if args.run_name is not None or args.fold is None:
-        state = read_state(folders, args.run_name)
+    if run_name is not None or fold is None:
+        state = read_state(folders, run_name)
     else:
         states = [read_state(folders, path.name) for path in find_runs(folders)]
-        fitting = [state for state in states if state.fold == args.fold]
+        fitting = [state for state in states if state.fold == fold]
         if not fitting:
             known = ", ".join(sorted({state.fold for state in states})) or "none"
-            raise InputError(f"{folders.name} has no run of fold {args.fold}; folds with runs: {known}")
+            raise InputError(f"{folders.name} has no run of fold {fold}; folds with runs: {known}")
         state = fitting[-1]
-    if args.fold is not None and state.fold != args.fold:
-        raise InputError(f"run {args.run_name} trained fold {state.fold}, not {args.fold}; leave out -f")
-    return state.configuration_of(args.round), state.fold
+    if fold is not None and state.fold != fold:
+        raise InputError(f"run {run_name} trained fold {state.fold}, not {fold}; leave out -f")
+    return state
 
 
 def find_cases(folder: Path, endings: Sequence[str], *, files_a_case: int) -> dict[str, list[Path]]:

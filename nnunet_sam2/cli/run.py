@@ -5,11 +5,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.labelling.registry import parse_settings
 from nnunet_sam2.rounds.options import FINAL_STARTS, PROFILES, RunOptions
 from nnunet_sam2.sam2.weights.registry import EMBEDDED
+
+if TYPE_CHECKING:
+    from nnunet_sam2.folders import DatasetFolders
+    from nnunet_sam2.rounds.state import RunState
 
 _DEFAULTS = RunOptions()
 
@@ -18,7 +25,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; nnU-Net's letters where nnU-Net has one."""
     parser.add_argument("-d", dest="dataset", required=True, help="dataset id or DatasetXXX_Name")
     parser.add_argument("-c", dest="configuration", default=_DEFAULTS.configuration, help="nnU-Net configuration")
-    parser.add_argument("-f", dest="fold", default=_DEFAULTS.fold, help="fold of the labelled cases, or 'all'")
+    parser.add_argument(
+        "-f",
+        dest="folds",
+        nargs="+",
+        default=[_DEFAULTS.fold],
+        help="fold of the labelled cases, or 'all'; several, or cv for every one: run after run, and their ensemble",
+    )
+    parser.add_argument(
+        "-p",
+        dest="plans",
+        default=_DEFAULTS.plans,
+        help="nnU-Net's plans: nnUNetResEncUNetMPlans (L, XL) are planned where they are not there yet, others must be "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pretrained",
+        metavar="CHECKPOINT",
+        help="weights that trainings from scratch start from, as by nnUNetv2_train -pretrained_weights: heads left out",
+    )
     parser.add_argument(
         "--sam2",
         default=EMBEDDED,
@@ -163,25 +188,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run or continue the loop and print where everything lies."""
-    from nnunet_sam2.cli.status import rounds_table
+    """Run or continue the loop, fold by fold where several are asked for, and print where everything lies."""
+    from nnunet_sam2.cohort.cohort import Cohort
     from nnunet_sam2.folders import find_dataset
+    from nnunet_sam2.progress import say
+    from nnunet_sam2.rounds.ensemble import folds_asked, make_ensemble
+
+    if (args.json or args.again) and not args.dry_run:
+        raise InputError("--json and --again go with --dry-run")
+    folders = find_dataset(args.dataset)
+    cohort = Cohort.load(folders.raw).as_planned()
+    asked = [options_of(args, fold) for fold in folds_asked(folders, cohort, args.folds)]
+    if args.dry_run:
+        return _foretell(args, folders, asked)
+    if len(asked) == 1:
+        _run_fold(folders, asked[0])
+        say(f"segment new images with: nnunet_sam2 predict -d {folders.dataset_id} -i IMAGES -o OUT")
+        return 0
+    states = []
+    for options in asked:
+        say(f"fold {options.fold} of {', '.join(other.fold for other in asked)}")
+        states.append(_run_fold(folders, options))
+    found = make_ensemble(folders, cohort, states)
+    told = ", ".join(f"{name}: {'-' if dice is None else f'{dice:.3f}'}" for name, dice in found.dice.items())
+    say(f"Dice of the labelled cases, each by the network of the fold that held it out: {told}")
+    say(f"the ensemble of folds {', '.join(found.folds)} is a model of nnU-Net's: {found.configuration}")
+    chosen = " ".join(args.folds)
+    say(f"segment new images with: nnunet_sam2 predict -d {folders.dataset_id} -i IMAGES -o OUT -f {chosen}")
+    return 0
+
+
+def _run_fold(folders: DatasetFolders, options: RunOptions) -> RunState:
+    from nnunet_sam2.cli.status import rounds_table
     from nnunet_sam2.progress import say
     from nnunet_sam2.report.write import PICTURES_BETWEEN_ROUNDS, REPORT_FILE, try_to_report
     from nnunet_sam2.rounds.orchestrator import run_loop
     from nnunet_sam2.rounds.state import run_folder
 
-    if (args.json or args.again) and not args.dry_run:
-        raise InputError("--json and --again go with --dry-run")
-    folders = find_dataset(args.dataset)
-    options = options_of(args)
-    if args.dry_run:
-        from nnunet_sam2.cli.dry_run import show_estimate
-        from nnunet_sam2.rounds.estimate import estimate_run
-
-        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-            estimate = estimate_run(folders, options, again=args.again)
-        return show_estimate(estimate, as_json=args.json)
     folder = run_folder(folders, options.run_name)
 
     def report(finished: bool) -> None:
@@ -195,18 +238,35 @@ def run(args: argparse.Namespace) -> int:
     say(f"labels, confidence and the ledger: {state.folder}")
     if (state.folder / REPORT_FILE).is_file():
         say(f"report, to open in a browser: {state.folder / REPORT_FILE}")
-    say(f"segment new images with: nnunet_sam2 predict -d {folders.dataset_id} -i IMAGES -o OUT")
-    return 0
+    return state
 
 
-def options_of(args: argparse.Namespace) -> RunOptions:
-    """Return the options of parsed arguments, device and profile as this machine has them."""
+def _foretell(args: argparse.Namespace, folders: DatasetFolders, asked: Sequence[RunOptions]) -> int:
+    from nnunet_sam2.cli.dry_run import show_estimate
+    from nnunet_sam2.rounds.estimate import estimate_run
+
+    if args.json and len(asked) > 1:
+        raise InputError("--json foretells one fold; give one with -f")
+    status = 0
+    for options in asked:
+        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+            estimate = estimate_run(folders, options, again=args.again)
+        if len(asked) > 1:
+            print(f"fold {options.fold}:")
+        status = max(status, show_estimate(estimate, as_json=args.json))
+    return status
+
+
+def options_of(args: argparse.Namespace, fold: str) -> RunOptions:
+    """Return the options of parsed arguments for one fold, device and profile as this machine has them."""
     device = args.device if args.device != "auto" else _best_device()
     profile = args.profile if args.profile != "auto" else ("gpu" if device == "cuda" else "cpu")
     return RunOptions(
         configuration=args.configuration,
-        fold=args.fold,
+        fold=fold,
         branch=args.branch,
+        plans=args.plans,
+        pretrained=str(Path(args.pretrained).resolve()) if args.pretrained else None,
         sam2=args.sam2,
         strategy=args.strategy,
         strategy_options=parse_settings(args.settings),

@@ -63,16 +63,22 @@ def clean(folders: DatasetFolders, *, embeddings: bool = True, runs: Sequence[st
 
 def parts_of_run(folders: DatasetFolders, name: str) -> list[Path]:
     """List the folders and files of a run: its own folder, its rounds' data, the models trained on them."""
-    folder = run_folder(folders, name)
+    folder, named = run_folder(folders, name), _plans(run_folder(folders, name))
     if name not in all_runs(folders):
         known = ", ".join(all_runs(folders)) or "none"
         raise InputError(f"{folders.name} has no run {name}; there are: {known}")
     parts = [folder]
     for configuration in _configurations(folder):
-        identifier = folders.preprocessed / f"{PLANS}_{configuration}"
+        identifier = folders.preprocessed / f"{named}_{configuration}"
         parts += [identifier, Path(f"{identifier}_conf"), Path(f"{identifier}{RECORD_SUFFIX}")]
-        parts.append(model_folder(folders, configuration))
+        parts.append(model_folder(folders, configuration, plans=named))
     return [path for path in parts if path.exists()]
+
+
+def _plans(folder: Path) -> str:
+    """Name the plans of a run."""
+    options = [e["options"] for e in read_events(folder / LEDGER_FILE) if e["event"] == "run"]
+    return str(options[-1].get("plans", PLANS)) if options else PLANS
 
 
 def _configurations(folder: Path) -> list[str]:
@@ -93,12 +99,13 @@ def _temporary(folders: DatasetFolders) -> Removal:
 
 def _remove_run(folders: DatasetFolders, name: str) -> Removal:
     configurations, own = set(_configurations(run_folder(folders, name))), run_folder(folders, name)
+    named = _plans(own)
     parts = parts_of_run(folders, name)
     count = folder_bytes(own)
-    if plans_path(folders).is_file():
-        plans = read_plans(folders)
+    if plans_path(folders, named).is_file():
+        plans = read_plans(folders, named)
         plans["configurations"] = {n: c for n, c in plans["configurations"].items() if n not in configurations}
-        write_plans(folders, plans)
+        write_plans(folders, plans, named)
     rest = _remove("", [path for path in parts if path != own])
     return Removal(what=f"run {name}", paths=tuple(parts), count=count + rest.count)
 

@@ -159,7 +159,7 @@ class RunContext:
     @cached_property
     def plans(self) -> Mapping[str, Any]:
         """Return nnU-Net's plans of the dataset."""
-        return nnunet.read_plans(self.folders)
+        return nnunet.read_plans(self.folders, self.options.plans)
 
     @cached_property
     def overrides(self) -> Mapping[str, Any] | None:
@@ -216,3 +216,14 @@ class RunContext:
             if event["event"] == "done" and event["stage"] == stage:
                 return event
         raise InputError(f"{self.ledger.path} lacks the stage {stage}; restore the file or start anew with --branch")
+
+
+def refuse_other_weights(run: RunContext) -> None:
+    """Refuse to go on with a SAM 2 whose file is no longer the one that the run's labels came from."""
+    known = [e["inputs"].get("sam2") for e in run.ledger.events if e["event"] == "started" and "sam2" in e["inputs"]]
+    if known and known[-1] != run.sam2_identity:
+        raise InputError(
+            f"--sam2 {run.options.sam2} is another model than the one that {run.folder} was started with "
+            f"(sha256 {run.sam2_identity[:12]}, before {str(known[-1])[:12]}); put that one back, "
+            "or give --branch NAME for a new run beside it"
+        )

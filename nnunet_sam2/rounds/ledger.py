@@ -245,3 +245,20 @@ class Ledger:
                 say(f"[{event['stage']}] {path} is missing or has changed since it was written: the stage runs again")
                 yield path
                 return
+
+
+class ReadLedger(Ledger):
+    """Read a run's ledger without writing a line: the run may be at work."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / LEDGER_FILE
+        self.events = read_events(self.path)
+        self.before_stage = lambda stage: None
+
+    def append(self, event: str, **values: Any) -> dict[str, Any]:
+        """Refuse: nothing that reads a run changes it."""
+        raise RuntimeError(f"{self.path} is only read here; {event} is not written")
+
+    def note_retry(self, cause: str, remedy: str) -> None:
+        """Note nothing: what was tried once more is no stage of the run."""

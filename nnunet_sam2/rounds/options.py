@@ -16,6 +16,7 @@ PROFILES = ("gpu", "cpu")
 """``gpu``: the planned network with nnU-Net's schedule. ``cpu``: a lighter one, short enough for two cores."""
 
 FINAL_STARTS = ("scratch", "warm")
+DEFAULT_PLANS = "nnUNetPlans"
 
 _OF_A_MACHINE = ("device", "threads", "hang_minutes")
 
@@ -41,6 +42,10 @@ class RunOptions:
     fold: str = "0"
     """A fold of the labelled cases, or ``all`` for a training without validation."""
     branch: str | None = None
+    plans: str = DEFAULT_PLANS
+    """Identifier of nnU-Net's plans: its presets are planned where there are none, others must be there."""
+    pretrained: str | None = None
+    """Checkpoint of nnU-Net whose weights, heads left out, every training from scratch starts from."""
     sam2: str = EMBEDDED
     strategy: str = "auto"
     strategy_options: dict[str, str] = field(default_factory=dict)
@@ -85,6 +90,8 @@ class RunOptions:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.configuration):
             raise InputError(f"-c {self.configuration}: the name of a configuration has letters, digits, '_', '-', '.'")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.plans) or "__" in self.plans:
+            raise InputError(f"-p {self.plans}: the name of plans has letters, digits, single '_', '-' and '.'")
         if self.fold != "all" and not re.fullmatch(r"[0-9]+", self.fold):
             raise InputError(f"-f {self.fold}: give a fold number or 'all'")
         if self.profile not in PROFILES:
@@ -233,6 +240,7 @@ def describe_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
 _FLAGS = {
     "configuration": "-c",
     "fold": "-f",
+    "plans": "-p",
     "num_epochs": "--epochs",
     "num_iterations_per_epoch": "--iterations",
     "round_limit": "--rounds",

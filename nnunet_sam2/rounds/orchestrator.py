@@ -13,7 +13,7 @@ from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import say
 from nnunet_sam2.provenance import provenance
-from nnunet_sam2.rounds.context import RunContext, load_labeller
+from nnunet_sam2.rounds.context import RunContext, load_labeller, refuse_other_weights
 from nnunet_sam2.rounds.decisions.round_review import RoundReview
 from nnunet_sam2.rounds.ending.collapse import Ending
 from nnunet_sam2.rounds.ending.convergence import RoundOutcome, best_round, kept_round
@@ -21,7 +21,7 @@ from nnunet_sam2.rounds.ending.health import Health
 from nnunet_sam2.rounds.labelling_stages import LabellingStages
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, Ledger
 from nnunet_sam2.rounds.lock import only_run
-from nnunet_sam2.rounds.nnunet import plans_path, read_plans
+from nnunet_sam2.rounds.nnunet import PLANNERS, PLANS, plans_path, read_plans, require_pretrained
 from nnunet_sam2.rounds.nnunet.plan import SPLITS_FILE
 from nnunet_sam2.rounds.options import RunOptions, describe_difference
 from nnunet_sam2.rounds.pseudo_labels import Fused
@@ -64,7 +64,7 @@ def run_loop(folders: DatasetFolders, options: RunOptions, *, report: Report | N
         _remember_machine(ledger, options)
         remove_temporary_files(folder)
         run = RunContext(folders=folders, cohort=cohort, options=options, ledger=ledger, folder=folder)
-        _refuse_other_weights(run)
+        refuse_other_weights(run)
         ledger.before_stage = Room(run).require
         _alternate(run, report or (lambda finished: None))
     return read_state(folders, options.run_name)
@@ -166,12 +166,23 @@ def refuse_unusable(folders: DatasetFolders, cohort: Cohort, options: RunOptions
     if not cohort.unlabelled:
         raise InputError(f"{where} has no unlabelled case, so there is nothing to label; add images without labels")
     known = list(PLANNED_CONFIGURATIONS)
-    if plans_path(folders).is_file():
-        known = [name for name, c in read_plans(folders)["configurations"].items() if SETTINGS_KEY not in c]
+    if plans_path(folders, options.plans).is_file():
+        plans = read_plans(folders, options.plans)
+        known = [name for name, c in plans["configurations"].items() if SETTINGS_KEY not in c]
+    elif options.plans not in (PLANS, *PLANNERS):
+        raise InputError(
+            f"-p {options.plans}: {plans_path(folders, options.plans)} does not exist, and it is no preset that is "
+            f"planned here ({', '.join((PLANS, *PLANNERS))}); plan it with nnUNetv2_plan_experiment first"
+        )
+    if options.pretrained is not None:
+        require_pretrained(Path(options.pretrained))
     if options.configuration not in known:
         raise InputError(f"-c {options.configuration}: no such nnU-Net configuration; choose one of {', '.join(known)}")
     if options.fold == "all":
-        say("fold 'all': no labelled case is held out, so a fall of quality cannot be seen")
+        say(
+            "fold 'all': no labelled case is held out, so a fall of quality cannot be seen, "
+            "and no post-processing is decided"
+        )
         return
     splits = folders.preprocessed / SPLITS_FILE
     folds = len(read_json(splits) if splits.is_file() else make_splits(cohort))
@@ -205,17 +216,6 @@ def _remember_options(ledger: Ledger, folder: Path, options: RunOptions) -> None
     refuse_other_options(folder, ledger.events, options)
     if state_of_events(folder, ledger.events).options != options.to_json():
         ledger.append("run", options=options.to_json())
-
-
-def _refuse_other_weights(run: RunContext) -> None:
-    """Refuse to go on with a SAM 2 whose file is no longer the one that the run's labels came from."""
-    known = [e["inputs"].get("sam2") for e in run.ledger.events if e["event"] == "started" and "sam2" in e["inputs"]]
-    if known and known[-1] != run.sam2_identity:
-        raise InputError(
-            f"--sam2 {run.options.sam2} is another model than the one that {run.folder} was started with "
-            f"(sha256 {run.sam2_identity[:12]}, before {str(known[-1])[:12]}); put that one back, "
-            "or give --branch NAME for a new run beside it"
-        )
 
 
 def _remember_machine(ledger: Ledger, options: RunOptions) -> None:

@@ -180,6 +180,28 @@ def fuse_case(
     )
 
 
+def fusion_options(cohort: Cohort) -> FusionOptions:
+    """Return how a run's sources are fused: of classes that are one piece in every human label, one piece is kept."""
+    human = [read_label(cohort.label_path(case))[0] for case in cohort.labelled]
+    single = single_component_classes(human, cohort.class_values)
+    return FusionOptions(single_component_classes=single, confidence="margin")
+
+
+def fuse_by_sources(
+    sources: Sources, name: str, class_values: tuple[int, ...], options: FusionOptions, *, least_quality: float = 0.0
+) -> FusedCase:
+    """Fuse one case by what is known of its sources: by its own estimates where there are such, else the cohort's."""
+    return fuse_case(
+        {s: read_probabilities(folder / f"{name}.npz") for s, folder in sources.probabilities.items()},
+        class_values,
+        quality={s: _of_case(sources.quality[s], sources.by_case.get(s, {}).get(name)) for s in sources.quality},
+        temperatures=sources.temperatures,
+        options=options,
+        judged=any(name in table for table in sources.by_case.values()),
+        least_quality=least_quality,
+    )
+
+
 def fuse_cases(
     cohort: Cohort,
     sources: Sources,
@@ -193,27 +215,17 @@ def fuse_cases(
 ) -> Fused:
     """Fuse the sources of every unlabelled case into ``out`` and compare with the labels in ``previous``.
 
-    A case is fused by its own estimates where there are such, else by the cohort's. ``holds`` is people's word, which
-    outranks all of this: `rounds.decisions.labels.decide` applies it to the fused label. ``run`` is the folder with the
-    labels that were accepted. ``keep_probabilities`` writes what the labels were chosen by, for soft targets.
+    Case by case as `fuse_by_sources` does. ``holds`` is people's word, which outranks all of this:
+    `rounds.decisions.labels.decide` applies it to the fused label. ``run`` is the folder with the labels that were
+    accepted. ``keep_probabilities`` writes what the labels were chosen by, for soft targets.
     """
     values, ending = cohort.class_values, cohort.file_ending
-    human = [read_label(cohort.label_path(case))[0] for case in cohort.labelled]
-    options = FusionOptions(single_component_classes=single_component_classes(human, values), confidence="margin")
-    del human
+    options = fusion_options(cohort)
     changes: dict[str, dict[int, float]] = {}
     rows = _Rows()
     for case in track(cohort.unlabelled, what="fusing labels"):
         name, hold = case.case_id, (holds or {}).get(case.case_id, CaseHold())
-        fused = fuse_case(
-            {s: read_probabilities(folder / f"{name}.npz") for s, folder in sources.probabilities.items()},
-            values,
-            quality={s: _of_case(sources.quality[s], sources.by_case.get(s, {}).get(name)) for s in sources.quality},
-            temperatures=sources.temperatures,
-            options=options,
-            judged=any(name in table for table in sources.by_case.values()),
-            least_quality=least_quality,
-        )
+        fused = fuse_by_sources(sources, name, values, options, least_quality=least_quality)
         # What the sources doubt is looked at, whatever people have said of it since.
         in_doubt_zyx = fused.confidence_zyx < _CERTAIN
         if hold != CaseHold():
@@ -236,7 +248,8 @@ def fuse_cases(
         human_cases=tuple(name for name in used if (holds or {}).get(name, CaseHold()).whole_human),
         change=summarise_change(changes) if previous is not None else None,
         quality={name: dict(table) for name, table in sources.quality.items()},
-        temperatures={name: round(t, 4) for name, t in sources.temperatures.items()},
+        # In full: new images are fused by what is recorded here.
+        temperatures=dict(sources.temperatures),
         right={value: round(share, 4) for value, share in sources.right.items()},
         held_out=sources.held_out,
         **vars(rows),
@@ -315,10 +328,6 @@ def _settled(
 def _of_case(cohort: Mapping[int, float], case: DiceTable | None) -> DiceTable:
     """Return a case's own estimates; classes that they do not name have the cohort's."""
     return {value: dice if case is None or value not in case else case[value] for value, dice in cohort.items()}
-
-
-def _count(label_zyx: np.ndarray, values: Sequence[int]) -> dict[int, int]:
-    return {v: int((label_zyx == v).sum()) for v in values}
 
 
 def _text_keys(table: Mapping[str, Mapping[int, Any]]) -> dict[str, dict[str, Any]]:

@@ -31,7 +31,7 @@ class Room:
         """Return the numbers that a stage's bytes follow from; from nnU-Net's plans as soon as there are some."""
         run = self.run
         # Preprocessed data that somebody removed are made again: there are no plans then to ask.
-        planned = nnunet.plans_path(run.folders).is_file() and any(
+        planned = nnunet.plans_path(run.folders, run.options.plans).is_file() and any(
             event["event"] == "done" and event["stage"] == "setup/plan" for event in run.ledger.events
         )
         return disk.run_size(
@@ -52,7 +52,10 @@ class Room:
             return [base, Path(f"{base}_un")]
         if kind == "train":
             made = [e for e in run.ledger.events if e["event"] == "done" and e["stage"] == f"{phase}/data"]
-            return [nnunet.fold_folder(run.folders, e["info"]["configuration"], run.fold) for e in made[-1:]]
+            return [
+                nnunet.fold_folder(run.folders, e["info"]["configuration"], run.fold, plans=run.options.plans)
+                for e in made[-1:]
+            ]
         folders = {
             "sam2_quality": "sam2/labelled",
             "sam2": "sam2/unlabelled",

@@ -10,6 +10,7 @@ from typing import Any
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, RETRIED, read_events
+from nnunet_sam2.rounds.options import DEFAULT_PLANS
 
 RUNS_FOLDER = "nnunet_sam2"
 """Folder of all runs under a dataset's results; nnU-Net's tools pass it by, for it is no ``A__B__C`` triple."""
@@ -60,6 +61,11 @@ class RunState:
     def fold(self) -> str:
         """Return the fold that the run trains."""
         return str(self.options["fold"])
+
+    @property
+    def plans(self) -> str:
+        """Return the identifier of nnU-Net's plans."""
+        return str(self.options.get("plans", DEFAULT_PLANS))
 
     def round(self, number: int) -> RoundState:
         """Return a finished round; raise `InputError` naming those that there are."""

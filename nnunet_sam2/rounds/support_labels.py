@@ -82,18 +82,17 @@ class SupportLabelling:
             "seed": self.run.options.seed,
         }
         unlabelled = [c.case_id for c in self.run.cohort.unlabelled]
-        patients = {cohort.case(case_id).patient for case_id in supports}
-        checkable = [c.case_id for c in self.run.cohort.labelled if patients - {c.patient}]
+        checked_ids = checkable(self.run.cohort, cohort, supports)
 
         def check() -> StageResult:
             records, files = label_stage(
                 self.run,
                 cohort,
-                checkable,
+                checked_ids,
                 supports,
                 self.run.options.strategy,
                 out / "labelled",
-                calibrate_on=checkable,
+                calibrate_on=checked_ids,
             )
             quality = estimated_quality(records, self.run.cohort.class_values)
             return StageResult(files=files, info={"dice": {str(v): d for v, d in quality.items() if d is not None}})
@@ -104,9 +103,7 @@ class SupportLabelling:
             check,
             what="SAM 2 labels the labelled cases, each from other patients: the estimates of all others follow them",
         )
-        calibration = calibration_of(
-            [read_json(record_path(out / "labelled", case_id)) for case_id in checkable], self.run.cohort.class_values
-        )
+        calibration = calibration_on(self.run.cohort, out / "labelled", checked_ids)
 
         def label() -> StageResult:
             _, files = label_stage(
@@ -133,12 +130,23 @@ class SupportLabelling:
         return SupportLabels(
             folder=out / "unlabelled",
             labelled=out / "labelled",
-            checked=tuple(checkable),
+            checked=tuple(checked_ids),
             quality={int(value): dice for value, dice in checked["info"]["dice"].items()},
             estimates={c: read_estimates(read_json(record_path(out / "unlabelled", c))) for c in unlabelled},
             calibration=calibration,
             digest=labelled["digest"],
         )
+
+
+def checkable(cohort: Cohort, prompts: Cohort, supports: Sequence[str]) -> list[str]:
+    """Return the labelled cases of a run that can be labelled from other patients' ``supports`` among ``prompts``."""
+    patients = {prompts.case(case_id).patient for case_id in supports}
+    return [case.case_id for case in cohort.labelled if patients - {case.patient}]
+
+
+def calibration_on(cohort: Cohort, labelled: Path, checked: Sequence[str]) -> Calibration:
+    """Calibrate on what SAM 2 made of the ``checked`` cases in the folder ``labelled``."""
+    return calibration_of([read_json(record_path(labelled, case_id)) for case_id in checked], cohort.class_values)
 
 
 def label_stage(

@@ -13,6 +13,7 @@ from nnunet_sam2.rounds import nnunet
 from nnunet_sam2.rounds.context import RunContext
 from nnunet_sam2.rounds.ledger import StageResult
 from nnunet_sam2.rounds.pseudo_labels import Fused
+from nnunet_sam2.storage import file_hash
 from nnunet_sam2.support.library import PROBABILITIES
 from nnunet_sam2.trainers.settings import RoundSettings
 
@@ -27,6 +28,8 @@ class Student:
     validation_dice: float | None
     """Mean Dice on the fold's held-out human labels; None where there are none."""
     digest: str
+    postprocessing: nnunet.Postprocessing | None = None
+    """What is done to its labels; None where nothing is held out to decide it on, or an earlier version trained it."""
 
 
 class TrainingStages:
@@ -34,6 +37,7 @@ class TrainingStages:
 
     def __init__(self, run: RunContext) -> None:
         self.run = run
+        self.plans = run.options.plans
 
     def prepare(self) -> None:
         """Fingerprint, plan and preprocess: plans from the labelled cases alone, images of the unlabelled ones once."""
@@ -44,6 +48,8 @@ class TrainingStages:
                 self.run.cohort,
                 self.run.options.configuration,
                 log=self.run.logs / "plan_and_preprocess.log",
+                plans=self.plans,
+                planner=nnunet.PLANNERS.get(self.plans),
                 hang_minutes=self.run.options.hang_minutes,
             )
             folds = nnunet.write_splits(self.run.folders, self.run.cohort)
@@ -52,8 +58,11 @@ class TrainingStages:
                 self.run.cohort,
                 self.run.options.configuration,
                 [c.case_id for c in self.run.cohort.unlabelled],
+                plans=self.plans,
             )
-            preprocessed = nnunet.preprocessed_labelled(self.run.folders, self.run.options.configuration)
+            preprocessed = nnunet.preprocessed_labelled(
+                self.run.folders, self.run.options.configuration, plans=self.plans
+            )
             return StageResult(
                 files=(self.run.folders.preprocessed / "dataset_fingerprint.json", *preprocessed),
                 info={"folds": folds},
@@ -62,6 +71,7 @@ class TrainingStages:
         partly = _partly_annotated(self.run.cohort)
         inputs = {
             "configuration": self.run.options.configuration,
+            **({"plans": self.plans} if self.plans != nnunet.PLANS else {}),
             "cases": {c.case_id: [c.role.value, c.patient, c.voxel_hash] for c in self.run.cohort.cases},
             "labels": self.run.human_label_hashes,
             **({"annotated": partly} if partly else {}),
@@ -114,6 +124,7 @@ class TrainingStages:
                 confidence=labels.folder / CONFIDENCE if labels else None,
                 probabilities=labels.folder / PROBABILITIES if labels and settings.soft_targets else None,
                 overrides=self.run.overrides,
+                plans=self.plans,
             )
             return StageResult(
                 files=made.hashed_files,
@@ -132,10 +143,12 @@ class TrainingStages:
         """Train the round's nnU-Net with ``nnUNetv2_train``, from the weights of an earlier one where one is given."""
         name = self.run.configuration_name(number, final=final)
         settings = self._settings(number, warm_start, final=final)
+        pretrained = Path(self.run.options.pretrained) if self.run.options.pretrained and not warm_start else None
         # the data stage hashes the configuration without the checkpoint to start from: the digest stands for it here
         inputs = {
             "data": self.run.digest(f"r{number:02d}/data"),
             "warm_start": warm_start.digest if warm_start else None,
+            **({"pretrained": file_hash(pretrained)} if pretrained else {}),
         }
 
         def work() -> StageResult:
@@ -146,13 +159,22 @@ class TrainingStages:
                 device=self.run.options.device,
                 log=self.run.logs / f"{name}_train.log",
                 threads=self.run.options.threads,
+                pretrained=pretrained,
+                plans=self.plans,
                 hang_minutes=self.run.options.hang_minutes,
                 note=self.run.ledger.note_retry,
             )
             validation = (
-                nnunet.read_validation(self.run.folders, name, self.run.fold) if self.run.validation_ids else None
+                nnunet.read_validation(self.run.folders, name, self.run.fold, plans=self.plans)
+                if self.run.validation_ids
+                else None
             )
             files = [trained.checkpoint] + ([trained.summary] if trained.summary else [])
+            decided = self._decide_postprocessing(name) if self.run.validation_ids else None
+            if decided is not None:
+                files += nnunet.write_postprocessing(
+                    nnunet.model_folder(self.run.folders, name, plans=self.plans), decided
+                )
             return StageResult(
                 files=tuple(files),
                 info={
@@ -162,6 +184,7 @@ class TrainingStages:
                     if validation
                     else {},
                     "checkpoint": str(trained.checkpoint.relative_to(self.run.folders.results)),
+                    "postprocessing": decided.to_json() if decided else None,
                 },
             )
 
@@ -178,15 +201,27 @@ class TrainingStages:
             checkpoint=self.run.folders.results / event["info"]["checkpoint"],
             validation_dice=event["info"]["validation_dice"],
             digest=event["digest"],
+            postprocessing=nnunet.Postprocessing.from_json(decided)
+            if (decided := event["info"].get("postprocessing"))
+            else None,
         )
 
     def _settings(self, number: int, warm_start: Student | None, *, final: bool) -> RoundSettings:
         return self.run.settings(number, final=final, warm_start=warm_start.checkpoint if warm_start else None)
 
+    def _decide_postprocessing(self, configuration: str) -> nnunet.Postprocessing:
+        """Decide the post-processing on the fold's held-out cases, and say what it is."""
+        folder = nnunet.fold_folder(self.run.folders, configuration, self.run.fold, plans=self.plans) / "validation"
+        files = {name: folder / f"{name}{self.run.cohort.file_ending}" for name in self.run.validation_ids}
+        decided = nnunet.decide_postprocessing(self.run.cohort, files)
+        say(f"post-processing of {configuration}, decided on held-out patients: {decided.described(self.run.cohort)}")
+        return decided
+
     def predict(self, student: Student) -> None:
         """Let the student segment the unlabelled cases, and the validation cases that check what prompts can do."""
         out = self.run.round_folder(student.number) / "student"
         cases = [*self.run.cohort.unlabelled, *(self.run.cohort.case(c) for c in self.run.validation_ids)]
+        steps = student.postprocessing.steps if student.postprocessing else ()
 
         def work() -> StageResult:
             files = nnunet.predict_cases(
@@ -198,6 +233,8 @@ class TrainingStages:
                 device=self.run.options.device,
                 log=self.run.logs / f"{student.configuration}_predict.log",
                 save_probabilities=True,
+                postprocessing=steps,
+                plans=self.plans,
                 threads=self.run.options.threads,
                 hang_minutes=self.run.options.hang_minutes,
                 note=self.run.ledger.note_retry,
@@ -207,7 +244,11 @@ class TrainingStages:
 
         self.run.ledger.run_stage(
             f"r{student.number:02d}/predict",
-            {"student": student.digest, "cases": [c.case_id for c in cases]},
+            {
+                "student": student.digest,
+                "cases": [c.case_id for c in cases],
+                **({"postprocessing": [list(step) for step in steps]} if steps else {}),
+            },
             work,
             what=f"the student segments {len(cases)} cases",
         )

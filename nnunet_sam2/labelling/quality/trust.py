@@ -132,18 +132,24 @@ def _foretelling(prob_zyx: np.ndarray, mask_zyx: np.ndarray, dice: float) -> flo
 
 
 def spread_quality(
-    level: Mapping[int, float], seen: Mapping[str, CaseFeatures], calibration: Calibration
+    level: Mapping[int, float],
+    seen: Mapping[str, CaseFeatures],
+    calibration: Calibration,
+    *,
+    among: Mapping[str, CaseFeatures] | None = None,
 ) -> dict[str, DiceTable]:
     """Spread a source's mean Dice of each class, known from elsewhere, over its cases by what was seen of them.
 
     For a student, whose labelled cases are training cases and calibrate nothing: the slopes are those of SAM 2's
-    labels, and each class's median case keeps ``level``. A class that a case lacks stands at 0 where every labelled
+    labels, and each class's median case keeps ``level``: the median of the cases ``among`` which the level was found,
+    by default those that are ``seen``. A class that a case lacks stands at 0 where every labelled
     case shows it, and is unknown elsewhere.
     """
     shifts = {name: calibration.shift(features) for name, features in seen.items()}
+    typical = shifts if among is None else {name: calibration.shift(features) for name, features in among.items()}
     table: dict[str, DiceTable] = {name: {} for name in seen}
     for value, dice in level.items():
-        found = [row[value] for row in shifts.values() if value in row]
+        found = [row[value] for row in typical.values() if value in row]
         centre = float(np.median(found)) if found else 0.0
         start = float(logit(np.clip(dice, 0.01, 0.99)))
         for name, features in seen.items():

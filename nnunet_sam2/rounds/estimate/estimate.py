@@ -21,7 +21,7 @@ from nnunet_sam2.rounds.estimate.selfbench import Measured, measure
 from nnunet_sam2.rounds.estimate.sizes import cells
 from nnunet_sam2.rounds.estimate.stages import RunEstimator
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, read_events
-from nnunet_sam2.rounds.nnunet import PLANS, light_configuration, plans_path, read_plans
+from nnunet_sam2.rounds.nnunet import light_configuration, plans_path, read_plans
 from nnunet_sam2.rounds.nnunet.cases import unlabelled_folder
 from nnunet_sam2.rounds.nnunet.plan import MARKER_FILE, SPLITS_FILE
 from nnunet_sam2.rounds.options import RunOptions
@@ -142,7 +142,7 @@ def _estimator(
 ) -> RunEstimator:
     from nnunet_sam2.support.showing import cohort_direction, cohort_slice_axis
 
-    plans = read_plans(folders) if plans_path(folders).is_file() else None
+    plans = read_plans(folders, options.plans) if plans_path(folders, options.plans).is_file() else None
     planned = plans is not None and _is_planned(folders, options)
     light = options.profile == "cpu"
     overrides = light_configuration(plans, options.configuration) if light and plans is not None else None
@@ -224,11 +224,11 @@ def memory_entries(options: RunOptions, image_size: int) -> int | None:
 def _is_planned(folders: DatasetFolders, options: RunOptions) -> bool:
     path = folders.preprocessed / MARKER_FILE
     marker = read_json(path) if path.is_file() else {}
-    return options.configuration in marker.get(PLANS, {}).get("done", [])
+    return options.configuration in marker.get(options.plans, {}).get("done", [])
 
 
 def _unprepared(folders: DatasetFolders, cohort: Cohort, options: RunOptions) -> tuple[Case, ...]:
-    folder = unlabelled_folder(folders, options.configuration)
+    folder = unlabelled_folder(folders, options.configuration, plans=options.plans)
     return tuple(case for case in cohort.unlabelled if not (folder / case.case_id).is_dir())
 
 

@@ -72,10 +72,12 @@ def _measure(request: dict[str, Any], begun: StopWatch) -> dict[str, Any]:
 def _plan(request: dict[str, Any], preprocessed: Path) -> dict[str, Any]:
     """Let nnU-Net's planner plan from the cohort's shapes and spacings, as it would after its fingerprint."""
     from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+    from nnunetv2.experiment_planning.experiment_planners.residual_unets import residual_encoder_unet_planners
 
-    planner = ExperimentPlanner(request["dataset"])
+    preset = request["planner"]
+    planner = (getattr(residual_encoder_unet_planners, preset) if preset else ExperimentPlanner)(request["dataset"])
     planner.plan_experiment()
-    plans: dict[str, Any] = read_json(preprocessed / "nnUNetPlans.json")
+    plans: dict[str, Any] = read_json(preprocessed / f"{planner.plans_identifier}.json")
     return plans
 
 

@@ -19,7 +19,13 @@ from nnunet_sam2.machine import usable_cores
 from nnunet_sam2.progress import say
 from nnunet_sam2.provenance import provenance
 from nnunet_sam2.rounds.estimate.sizes import voxels
-from nnunet_sam2.rounds.nnunet.base import plans_path, read_plans, require_trainable, resolved_configuration
+from nnunet_sam2.rounds.nnunet.base import (
+    PLANNERS,
+    plans_path,
+    read_plans,
+    require_trainable,
+    resolved_configuration,
+)
 from nnunet_sam2.rounds.nnunet.light import MOST_VOXELS_3D
 from nnunet_sam2.rounds.nnunet.process import child_environment, run_logged
 from nnunet_sam2.rounds.options import RunOptions
@@ -135,8 +141,8 @@ def labelling_request(
 
 def nnunet_request(folders: DatasetFolders, cohort: Cohort, options: RunOptions) -> dict[str, Any]:
     """Say what nnU-Net's probe shall do: by the dataset's plans, or by plans made from the cohort's shapes."""
-    path = plans_path(folders)
-    plans = read_plans(folders) if path.is_file() else None
+    path = plans_path(folders, options.plans)
+    plans = read_plans(folders, options.plans) if path.is_file() else None
     if plans is not None:
         require_trainable(plans, options.configuration)
     case = middle_case((*cohort.labelled, *cohort.unlabelled))
@@ -144,6 +150,7 @@ def nnunet_request(folders: DatasetFolders, cohort: Cohort, options: RunOptions)
     return {
         "dataset": cohort.root.name,
         "plans": None if plans is None else str(path),
+        "planner": PLANNERS.get(options.plans),
         "planned": None if plans is None else resolved_configuration(plans, options.configuration),
         "fingerprint": _fingerprint(cohort),
         "configuration": options.configuration,

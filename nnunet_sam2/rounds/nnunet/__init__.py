@@ -7,6 +7,7 @@ is made anew, and the same inputs give the same labels and weights.
 from __future__ import annotations
 
 from nnunet_sam2.rounds.nnunet.base import (
+    PLANNERS,
     PLANS,
     TRAINER,
     Fold,
@@ -29,16 +30,25 @@ from nnunet_sam2.rounds.nnunet.plan import (
     require_splits,
     write_splits,
 )
+from nnunet_sam2.rounds.nnunet.postprocessing import (
+    Postprocessing,
+    decide_postprocessing,
+    read_postprocessing,
+    write_postprocessing,
+)
 from nnunet_sam2.rounds.nnunet.predict import predict_cases
-from nnunet_sam2.rounds.nnunet.training import read_validation, train
+from nnunet_sam2.rounds.nnunet.training import read_validation, require_pretrained, train
 
 __all__ = [
+    "PLANNERS",
     "PLANS",
     "TRAINER",
     "Fold",
+    "Postprocessing",
     "RoundConfiguration",
     "Trained",
     "ValidationDice",
+    "decide_postprocessing",
     "export_model",
     "final_checkpoint",
     "fold_folder",
@@ -52,8 +62,11 @@ __all__ = [
     "preprocess_unlabelled",
     "preprocessed_labelled",
     "read_plans",
+    "read_postprocessing",
     "read_validation",
+    "require_pretrained",
     "require_splits",
     "train",
+    "write_postprocessing",
     "write_splits",
 ]

@@ -14,10 +14,13 @@ from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.progress import say
 from nnunet_sam2.rounds.lock import acquired
+from nnunet_sam2.rounds.options import DEFAULT_PLANS
 from nnunet_sam2.storage import TEMPORARY_MARK, read_json, write_text
 from nnunet_sam2.trainers.discovery import TRAINER_NAME
 
-PLANS = "nnUNetPlans"
+PLANS = DEFAULT_PLANS
+PLANNERS = {f"nnUNetResEncUNet{size}Plans": f"nnUNetPlannerResEnc{size}" for size in ("M", "L", "XL")}
+"""nnU-Net's presets and the planners that make them; other plans are the user's and lie there already."""
 RECORD_SUFFIX = "_round.json"
 LOCK_FILE = ".nnunet_sam2.lock"
 TRAINER = TRAINER_NAME

@@ -10,6 +10,7 @@ from typing import Any
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
 from nnunet_sam2.rounds.nnunet.base import PLANS, TRAINER, Fold, final_checkpoint, model_folder, resolved_configuration
+from nnunet_sam2.rounds.nnunet.postprocessing import read_postprocessing, write_postprocessing
 from nnunet_sam2.storage import atomic_folder, read_json, write_json, write_text
 from nnunet_sam2.trainers.settings import SETTINGS_KEY
 
@@ -31,7 +32,8 @@ def export_model(
 
     The network is stock nnU-Net's, so the checkpoint's ``trainer_name`` becomes ``nnUNetTrainer`` and the plans keep
     one configuration, under the name of the one it came from (``3d_fullres`` for ``3d_fullres_r02``). The optimiser's
-    state is left out. Raises `InputError` where ``out`` is a folder that no export wrote.
+    state is left out. Where post-processing was decided, nnU-Net's ``postprocessing.pkl`` comes with it. Raises
+    `InputError` where ``out`` is a folder that no export wrote.
     """
     from nnunet_sam2.trainers.checkpoints import read_checkpoint, write_checkpoint
 
@@ -52,6 +54,8 @@ def export_model(
         fingerprint = model / "dataset_fingerprint.json"
         if fingerprint.is_file():
             write_text(folder / "dataset_fingerprint.json", fingerprint.read_text(encoding="utf-8"))
+        if (decided := read_postprocessing(model)) is not None:
+            write_postprocessing(folder, decided)
         write_json(
             folder / MARKER,
             {"dataset": folders.name, "configuration": configuration, "folds": [str(f) for f in folds], "as": name},

@@ -33,6 +33,7 @@ def predict_cases(
     log: Path,
     save_probabilities: bool = False,
     mirroring: bool = True,
+    postprocessing: Sequence[Sequence[int]] = (),
     threads: int | None = None,
     plans: str = PLANS,
     trainer: str = TRAINER,
@@ -45,6 +46,7 @@ def predict_cases(
     channel 0, then the cohort's class values in ascending order, on the raw image's grid. A case whose record
     ``OUT/records/CASE.json`` names the same inputs and whose files are whole is not computed again. Labels are those
     of ``nnUNetv2_predict``; several folds are averaged as there. ``mirroring`` acts where the model was trained so.
+    ``postprocessing`` are the steps of `Postprocessing`: what they take away is certain background in both files.
     What ends for a cause that has a remedy (`prediction_remedy`) goes on once more, which ``note`` is told.
     """
     require_nnunet()
@@ -60,6 +62,7 @@ def predict_cases(
         "plans": file_hash(model / "plans.json"),
         "mirroring": mirroring,
         "nnunetv2": require_nnunet(),
+        **({"postprocessing": [list(step) for step in postprocessing]} if postprocessing else {}),
     }
     jobs = [
         _job(case_id, images, out, ending, model_key, save_probabilities) for case_id, images in sorted(cases.items())
@@ -80,6 +83,7 @@ def predict_cases(
                 "device": device,
                 "threads": threads,
                 "mirroring": mirroring,
+                "postprocessing": [list(step) for step in postprocessing],
                 "offload": bool(remedy and remedy.offload),
                 "cases": todo,
             },

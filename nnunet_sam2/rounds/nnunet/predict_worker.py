@@ -14,6 +14,7 @@ import numpy as np
 
 from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.files.checks import PICTURE_ENDINGS, check_content, file_ending
+from nnunet_sam2.rounds.nnunet.postprocessing import keep_largest_pieces, without_removed
 from nnunet_sam2.rounds.nnunet.predict import CASE_DONE
 from nnunet_sam2.storage import atomic_path, file_hash, read_json, write_json
 from nnunet_sam2.support.library import write_probabilities
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         torch.set_num_threads(request["threads"])
     predictor = _predictor(request)
     for job in request["cases"]:
-        _predict(predictor, job)
+        _predict(predictor, job, request["postprocessing"])
         print(f"{CASE_DONE}{job['id']}", flush=True)
     return 0
 
@@ -96,12 +97,13 @@ def _predictor(request: dict[str, Any]) -> Any:
     return predictor
 
 
-def _predict(predictor: Any, job: dict[str, Any]) -> None:
+def _predict(predictor: Any, job: dict[str, Any], postprocessing: Sequence[Sequence[int]]) -> None:
     reader = predictor.plans_manager.image_reader_writer_class()
     image_czyx, properties = reader.read_images(job["images"])
     with_probabilities = job["probabilities"] is not None
     answer = predictor.predict_single_npy_array(image_czyx, properties, None, None, with_probabilities)
-    label_zyx, prob_czyx = answer if with_probabilities else (answer, None)
+    given_zyx, prob_czyx = answer if with_probabilities else (answer, None)
+    label_zyx = keep_largest_pieces(given_zyx, postprocessing)
     hashes = {}
     with atomic_path(Path(job["label"])) as temporary:
         reader.write_seg(label_zyx, str(temporary), properties)
@@ -110,9 +112,8 @@ def _predict(predictor: Any, job: dict[str, Any]) -> None:
     if prob_czyx is not None:
         labels = predictor.label_manager
         regions = labels.foreground_regions if labels.has_regions else None
-        write_probabilities(
-            Path(job["probabilities"]), class_probabilities(prob_czyx, regions, labels.regions_class_order)
-        )
+        prob_czyx = class_probabilities(prob_czyx, regions, labels.regions_class_order)
+        write_probabilities(Path(job["probabilities"]), without_removed(prob_czyx, given_zyx, label_zyx))
         hashes["probabilities"] = file_hash(Path(job["probabilities"]))
     write_json(Path(job["record"]), {"key": job["key"], "hashes": hashes})
 

@@ -44,6 +44,7 @@ def train(
     device: str,
     log: Path,
     threads: int | None = None,
+    pretrained: Path | None = None,
     plans: str = PLANS,
     trainer: str = TRAINER,
     hang_minutes: float = HANG_MINUTES,
@@ -52,9 +53,10 @@ def train(
     """Run ``nnUNetv2_train`` to its end, continuing a killed training from its latest whole checkpoint.
 
     On the CPU, augmentation runs in the training process, so that a continued training gives the same weights.
-    ``device`` is nnU-Net's: cpu, cuda or mps. What ends for a cause that has a remedy (`training_remedy`) goes on once
-    more, which ``note`` is told. Raises `InputError` where the splits have no such fold, `StageError` with the end of
-    the log where nnU-Net fails.
+    ``device`` is nnU-Net's: cpu, cuda or mps. ``pretrained`` is a checkpoint that a new training starts from, as by
+    nnU-Net's ``-pretrained_weights``: heads left out. What ends for a cause that has a remedy (`training_remedy`) goes
+    on once more, which ``note`` is told. Raises `InputError` where the splits have no such fold, `StageError` with the
+    end of the log where nnU-Net fails.
     """
     require_nnunet()
     settings = RoundSettings.from_configuration(resolved_configuration(read_plans(folders, plans), configuration))
@@ -68,10 +70,15 @@ def train(
         # nnUNetv2_train takes every core on the CPU and ignores OMP_NUM_THREADS; the trainer reads this one.
         environment[f"{ENVIRONMENT_PREFIX}threads"] = str(threads)
     what = f"training {configuration} fold {fold}"
+    if pretrained is not None:
+        require_pretrained(pretrained)
 
     def attempt(remedy: Remedy | None) -> None:
+        how = _how_to_continue(folder, note)
+        if pretrained is not None and not how:
+            how = ["-pretrained_weights", str(pretrained)]
         argv = [console_script("nnUNetv2_train"), str(folders.dataset_id), configuration, str(fold)]
-        argv += ["-tr", trainer, "-p", plans, "-device", device, *_how_to_continue(folder, note)]
+        argv += ["-tr", trainer, "-p", plans, "-device", device, *how]
         changed = {**environment, **(remedy.environment if remedy else {})}
         lines = stream_logged(argv, log=log, environment=changed, what=what, hang_minutes=hang_minutes)
         for _ in track(_epochs(lines), what=f"training {configuration}", total=settings.num_epochs):
@@ -83,6 +90,13 @@ def train(
         raise StageError(f"{folder / FINAL} is missing or broken after training; is checkpointing disabled? Log: {log}")
     (folder / LATEST).unlink(missing_ok=True)
     return Trained(checkpoint=folder / FINAL, summary=_summary(folder), seconds=time.monotonic() - started)
+
+
+def require_pretrained(path: Path) -> None:
+    """Raise `InputError` where a file is no checkpoint of nnU-Net, or holds what nnU-Net would execute."""
+    from nnunet_sam2.trainers.checkpoints import read_checkpoint
+
+    read_checkpoint(path)
 
 
 def read_validation(
