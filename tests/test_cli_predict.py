@@ -50,11 +50,10 @@ def test_with_one_channel_plain_names_and_other_volume_formats_will_do(tmp_path:
 @pytest.mark.parametrize(
     ("names", "count", "message"),
     [
-        (["a_0000.nii.gz"], 2, "channel a_0001 is missing"),
-        (["a_0000.nii.gz", "a_0001.nii.gz"], 1, "channel a_0001 is surplus"),
-        (["a.nii.gz"], 2, "takes several channels; name the files a_0000"),
-        (["a.nii", "a.nii.gz"], 1, "are the same case"),
-        (["a.nii.gz", "a_0000.nii.gz"], 1, "are the same case"),
+        (["a_0000.nii.gz"], 2, "lacks channel a_0001"),
+        (["a_0000.nii.gz", "a_0001.nii.gz", "a_0002.nii.gz"], 2, "channel a_0002 in .* is surplus"),
+        (["a.nii.gz"], 2, "takes 2 files here; name it a_0000"),
+        (["a.nii", "a.nii.gz"], 1, "both name case a"),
         (["a.png"], 1, "holds no images with the ending .nii.gz"),
     ],
 )

@@ -142,7 +142,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ..
         ("images/new.nii.gz", "new_0000"),
     ),
     "equal channels": (lambda s: None, ("--channels", "MR,MR"), ("--channels MR,MR", "repeated")),
-    "too many channel names": (lambda s: None, ("--channels", "T1,T2"), ("1 channel", "--channels")),
+    "too many channel names": (lambda s: None, ("--channels", "T1,T2"), ("case0_0000", "--channels")),
     "duplicate case": (
         lambda s: write_image(s / "images/case2.mha", random_image(5), GRID),
         (),

@@ -7,6 +7,7 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
+from nnunet_sam2.cohort.layouts.file_names import add_suffix_argument
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.geometry import Geometry
 
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file ending (default: that of the dataset; with -i .nii.gz, .png for pictures)",
     )
     parser.add_argument("--labels", metavar="TABLE", help="with -i: label table as for convert (default: any values)")
+    add_suffix_argument(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 
@@ -82,11 +84,11 @@ def _of_dataset(args: argparse.Namespace) -> _Wanted:
 
 def _of_images(args: argparse.Namespace) -> _Wanted:
     from nnunet_sam2.cohort.labels import parse_labels, single_values
-    from nnunet_sam2.cohort.layouts import find
+    from nnunet_sam2.cohort.layouts import Hints, find
     from nnunet_sam2.files.checks import PICTURE_ENDINGS, file_ending
     from nnunet_sam2.volumes import read_geometry
 
-    found = find(args.images, "folder", test=True)
+    found = find(args.images, "folder", test=True, hints=Hints(suffix=args.suffix))
     allowed: set[int] | None = None
     names = None
     if args.labels:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nnunet_sam2.cohort.convert import ConvertOptions, convert
 from nnunet_sam2.cohort.labels import parse_labels
+from nnunet_sam2.cohort.layouts.file_names import add_suffix_argument
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.nifti_placement import MOST_DEGREES
 from nnunet_sam2.files.repairs import ERROR, FORM_CHOICES, NONFINITE_CHOICES, ReadPolicy
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-cases", type=int, metavar="N", help="hold out N labelled cases as test; by patient")
     parser.add_argument("--seed", type=int, default=0, help="seed of these draws (default: 0)")
     parser.add_argument("--channels", metavar="NAME,...", help="channel names in order, for example CT or T1,T2")
+    add_suffix_argument(parser)
     parser.add_argument(
         "--labels",
         metavar="TABLE",
@@ -96,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
         test_cases=args.test_cases,
         seed=args.seed,
         channels=tuple(part.strip() for part in args.channels.split(",")) if args.channels else None,
+        suffix=args.suffix,
         labels=labels,
         annotated=args.annotated,
         regions_class_order=tuple(order) if order else None,

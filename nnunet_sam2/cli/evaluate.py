@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_sam2.cohort.cohort import COHORT_FILE, IGNORE, Cohort
+from nnunet_sam2.cohort.declared import DATASET_FILE, is_declared
 from nnunet_sam2.cohort.labels import BACKGROUND, LabelValue, make_label_table, parse_labels, single_values
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.progress import say
@@ -174,8 +175,8 @@ def _annotated(args: argparse.Namespace, table: _Table) -> tuple[dict[str, tuple
 def _dataset_json(reference: Path, prediction: Path) -> Path | None:
     folders = [path if path.is_dir() else path.parent for path in (reference, prediction)]
     for folder in (folders[0], folders[0].resolve().parent, folders[1], folders[1].resolve().parent):
-        if (folder / "dataset.json").is_file():
-            return folder / "dataset.json"
+        if is_declared(folder / DATASET_FILE):
+            return folder / DATASET_FILE
     return None
 
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunet_sam2.cohort.layouts.file_names import add_suffix_argument, cases_of_files
+from nnunet_sam2.cohort.layouts.found import image_files
 from nnunet_sam2.cohort.names import checked_case_id
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.files.checks import VOLUME_ENDINGS
+from nnunet_sam2.files.checks import VOLUME_ENDINGS, file_ending
 from nnunet_sam2.folders import DatasetFolders, find_dataset
 from nnunet_sam2.submission import UNFILTERED
 
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
     from nnunet_sam2.cohort.cohort import Cohort
     from nnunet_sam2.rounds.new_images import BothSources
     from nnunet_sam2.rounds.state import RunState
-
-_CHANNEL = re.compile(r"_(\d{4})$")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of images: CASE_0000 and so on, one file a channel; CASE alone where there is one channel",
     )
     parser.add_argument("-o", dest="out", type=Path, required=True, help="folder for the label maps")
+    add_suffix_argument(parser)
     add_model_arguments(parser)
     parser.add_argument(
         "--with-sam2",
@@ -85,7 +86,13 @@ def run(args: argparse.Namespace) -> int:
     if args.out.resolve() == args.images.resolve():
         raise InputError(f"-o {args.out} is the folder of the images; give another one")
     endings = VOLUME_ENDINGS if cohort.file_ending in VOLUME_ENDINGS else (cohort.file_ending,)
-    cases = find_cases(args.images, endings, files_a_case=len(cohort.cases[0].images))
+    cases = find_cases(
+        args.images,
+        endings,
+        files_a_case=len(cohort.cases[0].images),
+        known=[case.case_id for case in cohort.cases],
+        suffix=args.suffix,
+    )
     say(f"{len(cases)} cases with {chosen.configuration}, {chosen.described_folds}")
     # nnU-Net's reader takes a file that is cut off for a whole one, and NaN for 0.
     for path in track([path for files in cases.values() for path in files], what="checking"):
@@ -212,47 +219,33 @@ def _chosen_run(folders: DatasetFolders, run_name: str | None, fold: str | None)
     return state
 
 
-def find_cases(folder: Path, endings: Sequence[str], *, files_a_case: int) -> dict[str, list[Path]]:
+def find_cases(
+    folder: Path, endings: Sequence[str], *, files_a_case: int, known: Iterable[str] = (), suffix: str = "auto"
+) -> dict[str, list[Path]]:
     """Find the cases of a folder: id -> its image files in the order of their channels.
 
     A case is ``CASE_0000.nii.gz``, ``CASE_0001.nii.gz`` and so on, as in nnU-Net; where a case is one file, plain
-    ``CASE.nii.gz`` will do. Raises `InputError` for missing or surplus channels and where nothing is found.
+    ``CASE.nii.gz`` will do. ``known`` are the ids of the model's own cases: where these end in four digits, so do new
+    ones. Files that the model does not read are told of. Raises `InputError` for names that fit no reading, or two,
+    and where nothing is found.
     """
+    from nnunet_sam2.progress import say
+
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the folder of the images with -i")
-    cases: dict[str, dict[int, Path]] = {}
-    for path in sorted(folder.iterdir()):
-        ending = next((e for e in endings if path.name.endswith(e)), None)
-        if ending is None or path.name.startswith("."):
-            continue
-        case_id, channel = _case_and_channel(path.name.removesuffix(ending), plain=files_a_case == 1)
-        if channel in cases.setdefault(case_id, {}):
-            raise InputError(f"{path} and {cases[case_id][channel].name} are the same case; remove one")
-        cases[case_id][channel] = path
-    if not cases:
+    files = image_files(folder)
+    passed_over = {stem: path for stem, path in files.items() if file_ending(path) not in endings}
+    files = {stem: path for stem, path in files.items() if stem not in passed_over}
+    if not files:
         raise InputError(f"{folder} holds no images with the ending {' or '.join(endings)}, which the model reads")
-    for case_id, channels in cases.items():
-        checked_case_id(case_id, where=next(iter(channels.values())))
-        _require_channels(folder, case_id, channels, files_a_case)
-    return {case_id: [channels[i] for i in range(files_a_case)] for case_id, channels in cases.items()}
-
-
-def _case_and_channel(stem: str, *, plain: bool) -> tuple[str, int]:
-    match = _CHANNEL.search(stem)
-    if match:
-        return stem[: match.start()], int(match.group(1))
-    if plain:
-        return stem, 0
-    raise InputError(f"{stem}: the model takes several channels; name the files {stem}_0000, {stem}_0001 and so on")
-
-
-def _require_channels(folder: Path, case_id: str, channels: Iterable[int], count: int) -> None:
-    missing = sorted(set(range(count)) - set(channels))
-    if missing:
-        raise InputError(f"{folder}: channel {case_id}_{missing[0]:04d} is missing; the model takes {count} a case")
-    surplus = sorted(set(channels) - set(range(count)))
-    if surplus:
-        raise InputError(f"{folder}: channel {case_id}_{surplus[0]:04d} is surplus; the model takes {count} a case")
+    if passed_over:
+        names = ", ".join(sorted(path.name for path in passed_over.values())[:3])
+        say(f"note: {len(passed_over)} files are passed over ({names}): the model reads {' '.join(endings)}")
+    numbered = [(case_id, case_id) for case_id in known if re.fullmatch(r".+_\d{4}", case_id)]
+    cases = cases_of_files(files, counts=(files_a_case,), others=numbered, suffix=suffix)
+    for case_id, paths in cases.items():
+        checked_case_id(case_id, where=paths[0])
+    return {case_id: list(paths) for case_id, paths in cases.items()}
 
 
 def _best_device() -> str:

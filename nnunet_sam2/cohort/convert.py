@@ -16,15 +16,17 @@ from filelock import FileLock, Timeout
 from nnunet_sam2.cohort.annotated import AnnotatedList, annotated_values, find_lists, suspect_gaps
 from nnunet_sam2.cohort.checks import CheckedCase, check_cases, check_duplicates
 from nnunet_sam2.cohort.cohort import ADDED_LABELS, COHORT_FILE, CT, Cohort, Role
+from nnunet_sam2.cohort.declared import DATASET_FILE
 from nnunet_sam2.cohort.labels import LabelTable, LabelValue, make_label_table, table_from_values
-from nnunet_sam2.cohort.layouts import Found, SourceCase, find
+from nnunet_sam2.cohort.layouts import Found, Hints, SourceCase, find
 from nnunet_sam2.cohort.layouts.folder import TEST
 from nnunet_sam2.cohort.names import checked_case_id
 from nnunet_sam2.cohort.patients import EACH_ITS_OWN, patients_of
 from nnunet_sam2.cohort.roles import choose_cases
 from nnunet_sam2.cohort.unpacked import in_users_words, source_folder
-from nnunet_sam2.cohort.write import DATASET_FILE, choose_ending, write_dataset
+from nnunet_sam2.cohort.write import choose_ending, write_dataset
 from nnunet_sam2.errors import InputError, StageError
+from nnunet_sam2.files.checks import strip_ending
 from nnunet_sam2.files.label_tables import Segment, read_label_table, tables_agree
 from nnunet_sam2.files.repairs import STRICT, ReadPolicy
 from nnunet_sam2.folders import DatasetFolders
@@ -57,6 +59,8 @@ class ConvertOptions:
     annotated: Path | None = None
     """List of the classes that are annotated in each case; ``labels.json`` beside the labels needs no naming."""
     regions_class_order: tuple[int, ...] | None = None
+    suffix: str = "auto"
+    """What four digits at the end of an image's name mean: ``channel``, ``case``, or ``auto``."""
     patient_pattern: str | None = None
     test_as_unlabelled: bool = False
     """Use test cases that have no label as unlabelled ones."""
@@ -230,7 +234,7 @@ def check_target(folders: DatasetFolders, *, overwrite: bool) -> None:
 
 def collect(source: Path, options: ConvertOptions) -> tuple[Found, dict[str, SourceCase]]:
     """List the cases of the source and of its test folder, each id once."""
-    found = find(source, options.layout, channels=options.channels)
+    found = find(source, options.layout, channels=options.channels, hints=Hints(suffix=options.suffix))
     listed = list(found.cases)
     test = options.test
     if test is None and found.layout != "msd" and (source / TEST).is_dir():
@@ -240,7 +244,12 @@ def collect(source: Path, options: ConvertOptions) -> tuple[Found, dict[str, Sou
             raise InputError(f"--test {test} is the source itself; name a folder of other cases")
         layout = "folder" if found.layout == "msd" else found.layout
         listed = [case for case in listed if not case.test]
-        tested = find(test, layout, channels=options.channels or found.channels, test=True)
+        hints = Hints(
+            suffix=options.suffix,
+            counts=tuple({len(case.images) for case in listed}) or None,
+            others=tuple((case.case_id, strip_ending(case.images[0])) for case in listed),
+        )
+        tested = find(test, layout, channels=options.channels or found.channels, test=True, hints=hints)
         if options.channels is None and found.channels and tested.channels:
             here, there = (", ".join(names) for names in (tested.channels, found.channels))
             if here.lower() != there.lower():

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from nnunet_sam2.cohort.cohort import LABELLED_IMAGES, LABELS, Case, Cohort, Role
-from nnunet_sam2.cohort.write import DATASET_FILE, dataset_json
+from nnunet_sam2.cohort.declared import DATASET_FILE
+from nnunet_sam2.cohort.write import dataset_json
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.checks import is_image_file
 from nnunet_sam2.storage import file_hash, read_json

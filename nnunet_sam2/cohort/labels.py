@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from nnunet_sam2.cohort.cohort import IGNORE
+from nnunet_sam2.cohort.declared import read_declared
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.storage import read_json
 
 BACKGROUND = "background"
 LabelValue = int | list[int]
@@ -96,7 +96,10 @@ def parse_labels(text: str) -> tuple[dict[str, LabelValue], list[int] | None]:
         except json.JSONDecodeError as error:
             raise InputError(f"--labels is not valid JSON ({error})") from None
     if text.lower().endswith(".json"):
-        return table_from_json(read_json(Path(text).expanduser()), text)
+        declared = read_declared(Path(text).expanduser())
+        if declared is None:
+            raise InputError(f"--labels {text} does not exist")
+        return table_from_json(declared, text)
     table: dict[str, LabelValue] = {}
     for part in text.split(","):
         name, separator, value = (piece.strip() for piece in part.rpartition("="))

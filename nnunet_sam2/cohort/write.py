@@ -12,6 +12,7 @@ import numpy as np
 from nnunet_sam2.cohort import cohort as names
 from nnunet_sam2.cohort.checks import CheckedCase
 from nnunet_sam2.cohort.cohort import Case, Cohort, Role
+from nnunet_sam2.cohort.declared import DATASET_FILE
 from nnunet_sam2.cohort.labels import LabelTable
 from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.files.repairs import STRICT, ReadPolicy
@@ -19,7 +20,6 @@ from nnunet_sam2.progress import track
 from nnunet_sam2.storage import file_hash, write_json
 from nnunet_sam2.volumes import read_label_as, read_stored_as, write_image, write_label
 
-DATASET_FILE = "dataset.json"
 VOLUME_ENDING = ".nii.gz"
 PICTURE_READER = "NaturalImage2DIO"
 

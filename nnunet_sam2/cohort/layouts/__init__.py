@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from nnunet_sam2.cohort.layouts import folder, images2d, msd
-from nnunet_sam2.cohort.layouts.found import Found, SourceCase
+from nnunet_sam2.cohort.layouts.found import Found, Hints, SourceCase
 from nnunet_sam2.errors import InputError
 
-__all__ = ["LAYOUTS", "Found", "SourceCase", "detect", "find"]
+__all__ = ["LAYOUTS", "Found", "Hints", "SourceCase", "detect", "find"]
 
 LAYOUTS = {"folder": folder.find, "msd": msd.find, "images2d": images2d.find}
 
@@ -29,11 +29,18 @@ def detect(source: Path) -> str:
     )
 
 
-def find(source: Path, layout: str, *, channels: tuple[str, ...] | None = None, test: bool = False) -> Found:
+def find(
+    source: Path,
+    layout: str,
+    *,
+    channels: tuple[str, ...] | None = None,
+    test: bool = False,
+    hints: Hints | None = None,
+) -> Found:
     """List a source's cases. ``test`` says that the folder holds test cases: labels may be missing throughout."""
     name = detect(source) if layout == "auto" else layout
     if name not in LAYOUTS:
         raise InputError(f"unknown layout {name!r}; known: auto, {', '.join(LAYOUTS)}")
     if not source.is_dir():
         raise InputError(f"{source} is not a folder; name the folder that holds images/ and labels/")
-    return LAYOUTS[name](source, channels=channels, test=test)
+    return LAYOUTS[name](source, channels=channels, test=test, hints=hints or Hints())

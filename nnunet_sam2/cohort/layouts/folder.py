@@ -7,18 +7,17 @@ unlabelled cases, a ``dataset.json`` with nnU-Net's ``labels`` and ``channel_nam
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from nnunet_sam2.cohort.cohort import HIDDEN_LABELS
+from nnunet_sam2.cohort.declared import DATASET_FILE, read_declared
 from nnunet_sam2.cohort.labels import table_from_json
-from nnunet_sam2.cohort.layouts.found import Found, SourceCase, image_files, match_labels
+from nnunet_sam2.cohort.layouts.file_names import cases_of_files
+from nnunet_sam2.cohort.layouts.found import Found, Hints, SourceCase, image_files, match_labels
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.files.checks import is_image_file
-from nnunet_sam2.storage import read_json
+from nnunet_sam2.files.checks import PICTURE_ENDINGS, file_ending, is_image_file
 
 IMAGES, LABELS, TEST = "images", "labels", "test"
-_CHANNEL_SUFFIX = re.compile(r"(.+)_(\d{4})")
 
 
 def looks_like(source: Path) -> bool:
@@ -26,7 +25,7 @@ def looks_like(source: Path) -> bool:
     return (source / IMAGES).is_dir()
 
 
-def find(source: Path, *, channels: tuple[str, ...] | None, test: bool) -> Found:
+def find(source: Path, *, channels: tuple[str, ...] | None, test: bool, hints: Hints) -> Found:
     """List the cases of a folder; a test folder may also hold the image files directly."""
     images = source / IMAGES
     if not images.is_dir():
@@ -46,8 +45,15 @@ def find(source: Path, *, channels: tuple[str, ...] | None, test: bool) -> Found
     if files and folders:
         raise InputError(f"{images} holds both image files and folders of them ({folders[0].name}); keep one kind")
     names: tuple[str, ...] | None = None
+    table, order, declared = _declared(source)
     if files:
-        cases = _by_suffix(files, labelled=set(labels) | set(hidden))
+        known = channels or declared
+        counts = hints.counts or ((len(known),) if known else None)
+        if known and hints.counts is None and all(file_ending(path) in PICTURE_ENDINGS for path in files.values()):
+            counts = (len(known), 1)  # a picture in colour is one file with several channels
+        cases = cases_of_files(
+            files, counts=counts, labelled=set(labels) | set(hidden), others=hints.others, suffix=hints.suffix
+        )
     elif folders:
         cases, names = _by_folder(folders, labelled=set(labels) | set(hidden), wanted=channels)
     else:
@@ -57,7 +63,6 @@ def find(source: Path, *, channels: tuple[str, ...] | None, test: bool) -> Found
     both = sorted(set(label_of) & set(hidden_of))
     if both:
         raise InputError(f"case {both[0]} has a label both in {LABELS}/ and {HIDDEN_LABELS}/; keep one")
-    table, order, declared = _declared(source)
     return Found(
         layout="folder",
         cases=tuple(
@@ -77,47 +82,18 @@ def find(source: Path, *, channels: tuple[str, ...] | None, test: bool) -> Found
 
 
 def _declared(source: Path):  # type: ignore[no-untyped-def]  # a triple of optional values, unpacked at once
-    path = source / "dataset.json"
-    if not path.is_file():
+    path = source / DATASET_FILE
+    value = read_declared(path)
+    if value is None:
         return None, None, None
-    value = read_json(path)
-    table, order = table_from_json(value, str(path)) if isinstance(value, dict) and "labels" in value else (None, None)
+    table, order = table_from_json(value, str(path)) if "labels" in value else (None, None)
     # The Decathlon's and nnU-Net v1's name for it: a CT that is not called so is normalised as something else.
-    key = "modality" if isinstance(value, dict) and "channel_names" not in value else "channel_names"
-    names = value.get(key) if isinstance(value, dict) else None
+    key = "modality" if "channel_names" not in value else "channel_names"
+    names = value.get(key)
     if names is not None and not (isinstance(names, dict) and all(number.isdecimal() for number in names)):
         raise InputError(f'{path}: {key} counts from "0", as in {{"0": "CT"}}, got {names!r}; correct it')
     channels = tuple(str(names[key]) for key in sorted(names, key=int)) if names else None
     return table, (None if order is None else tuple(order)), channels
-
-
-def _by_suffix(files: dict[str, Path], *, labelled: set[str]) -> dict[str, tuple[Path, ...]]:
-    matches = {stem: _CHANNEL_SUFFIX.fullmatch(stem) for stem in files}
-    grouped: dict[str, dict[int, Path]] = {}
-    for stem, match in matches.items():
-        if match:
-            grouped.setdefault(match[1], {})[int(match[2])] = files[stem]
-    # img_0001 may be a case, or channel 1 of img. Label files tell; without any, a suffix counts as a channel only
-    # where each case starts at 0000.
-    if labelled:
-        suffixed = bool(labelled & set(grouped)) and not labelled & set(files)
-    else:
-        suffixed = all(matches.values()) and all(0 in channels for channels in grouped.values())
-    if not suffixed:
-        return {stem: (path,) for stem, path in files.items()}
-    bare = sorted(stem for stem, match in matches.items() if not match)
-    if bare:
-        raise InputError(f"{files[bare[0]]} has no channel suffix, other images have; name it {bare[0]}_0000")
-    count = 1 + max(max(channels) for channels in grouped.values())
-    for case_id, channels in grouped.items():
-        for channel in range(count):
-            if channel not in channels:
-                some = next(iter(channels.values()))
-                raise InputError(
-                    f"case {case_id} in {some.parent} lacks channel {case_id}_{channel:04d}, other cases have {count} "
-                    "channels; add the file or remove the case"
-                )
-    return {case_id: tuple(path for _, path in sorted(channels.items())) for case_id, channels in grouped.items()}
 
 
 def _by_folder(

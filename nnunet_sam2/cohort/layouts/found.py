@@ -27,6 +27,18 @@ class SourceCase:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Hints:
+    """Hold what is known of a folder's names before it is looked into; see `file_names.cases_of_files`."""
+
+    suffix: str = "auto"
+    """What the user says that four digits at the end of a name mean."""
+    counts: tuple[int, ...] | None = None
+    """Numbers of files that a case may have."""
+    others: tuple[tuple[str, str], ...] = ()
+    """Case and stem of images of the same set that are sorted already."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Found:
     """Hold what a layout found."""
 

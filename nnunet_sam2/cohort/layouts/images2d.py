@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from nnunet_sam2.cohort.layouts import folder
-from nnunet_sam2.cohort.layouts.found import Found
+from nnunet_sam2.cohort.layouts.found import Found, Hints
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.checks import LOSSY_ENDINGS, PICTURE_ENDINGS, file_ending, is_image_file
 
@@ -20,9 +20,9 @@ def looks_like(source: Path) -> bool:
     return bool(files) and all(file_ending(p) in PICTURE_ENDINGS for p in files)
 
 
-def find(source: Path, *, channels: tuple[str, ...] | None, test: bool) -> Found:
+def find(source: Path, *, channels: tuple[str, ...] | None, test: bool, hints: Hints) -> Found:
     """List the pictures of a folder; sorted into cases as in layout ``folder``."""
-    found = folder.find(source, channels=channels, test=test)
+    found = folder.find(source, channels=channels, test=test, hints=hints)
     for case in found.cases:
         for path in (*case.images, *filter(None, (case.label, case.hidden_label))):
             if file_ending(path) not in PICTURE_ENDINGS:

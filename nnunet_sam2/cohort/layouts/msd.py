@@ -9,25 +9,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from nnunet_sam2.cohort import cohort as names
+from nnunet_sam2.cohort.declared import DATASET_FILE, is_declared, read_declared
 from nnunet_sam2.cohort.labels import table_from_json
-from nnunet_sam2.cohort.layouts.found import Found, SourceCase, image_files, match_labels
+from nnunet_sam2.cohort.layouts.found import Found, Hints, SourceCase, image_files, match_labels
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.storage import read_json
 
 
 def looks_like(source: Path) -> bool:
     """Say whether a folder has this layout."""
-    return (source / "dataset.json").is_file() and (source / names.LABELLED_IMAGES).is_dir()
+    return (source / names.LABELLED_IMAGES).is_dir() and is_declared(source / DATASET_FILE)
 
 
-def find(source: Path, *, channels: tuple[str, ...] | None, test: bool) -> Found:
+def find(source: Path, *, channels: tuple[str, ...] | None, test: bool, hints: Hints) -> Found:
     """List the cases of ``imagesTr``, ``imagesUn`` and ``imagesTs``; in ``imagesTr`` a label may be missing."""
-    path = source / "dataset.json"
-    if not path.is_file():
+    path = source / DATASET_FILE
+    value = read_declared(path)
+    if value is None:
         raise InputError(f"{path} does not exist; it comes with the task, unpack the archive whole")
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not the dataset.json of a task")
     v2 = isinstance(value.get("channel_names"), dict)
     table_of_channels = value.get("channel_names") if v2 else value.get("modality")
     if not isinstance(table_of_channels, dict) or not all(str(k).isdecimal() for k in table_of_channels):
