@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from bench_new_images import compared
 
 from nnunet_sam2.cohort.cohort import Cohort, Role
 from nnunet_sam2.errors import InputError
@@ -86,3 +87,15 @@ def test_a_run_is_read_without_a_line_being_written(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="only read here"):
         ledger.append("done")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_bench_counts_the_bounds_that_held_and_leaves_out_what_nobody_has() -> None:
+    told = {
+        "a": {1: {"dice": 0.8, "lower": 0.7}, 2: {"dice": 0.5, "lower": None}},
+        "b": {1: {"dice": 0.9, "lower": 0.85}, 2: {"dice": None, "lower": None}},
+    }
+    found = compared({"a": {1: 0.7, 2: None}, "b": {1: 0.8, 2: 0.4}}, told)
+    assert found["dice"] == pytest.approx((0.7 + 0.8 + 0.4) / 3, abs=1e-4)
+    assert found["by_class"] == {"1": 0.75, "2": 0.4}
+    assert found["estimates_off"] == found["estimates_too_high"] == pytest.approx(0.1)
+    assert (found["bounds_held"], found["bounds"]) == (0.5, 2)

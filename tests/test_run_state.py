@@ -180,9 +180,9 @@ def test_only_a_warm_start_has_the_learning_rate_that_was_asked_for_it(folders: 
     options = RunOptions(profile="cpu", warm_lr=5e-4)
     run = RunContext(folders=folders, cohort=None, options=options, ledger=ledger, folder=ledger.path.parent)
     vars(run)["plans"] = {"configurations": {"3d_fullres": {"patch_size": [8, 8, 8]}}}
-    cold = run.settings(0, final=False)
-    ledger.run_stage("r00/train", {}, lambda: StageResult(info={}), what="training")
-    warm, last = run.settings(1, final=False), run.settings(2, final=True)
+    before = folders.results / "r00" / "checkpoint_final.pth"
+    cold, last = run.settings(0, final=False), run.settings(2, final=True)
+    warm = run.settings(1, final=False, warm_start=before)
     assert [bool(settings.warm_start) for settings in (cold, warm, last)] == [False, True, False]
     assert [settings.initial_lr for settings in (cold, warm, last)] == [1e-3, 5e-4, 1e-3]
 

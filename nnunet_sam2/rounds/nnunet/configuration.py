@@ -16,7 +16,6 @@ import numpy as np
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.folders import DatasetFolders
-from nnunet_sam2.labelling.fusion import as_probability
 from nnunet_sam2.progress import track
 from nnunet_sam2.rounds.nnunet.base import (
     PLANS,
@@ -41,7 +40,6 @@ from nnunet_sam2.rounds.nnunet.cases import (
 )
 from nnunet_sam2.rounds.nnunet.plan import labelled_key, require_unchanged
 from nnunet_sam2.storage import atomic_folder, file_hash, read_json, value_hash, write_json
-from nnunet_sam2.support.library import read_probabilities
 from nnunet_sam2.trainers.settings import SETTINGS_KEY, RoundSettings
 from nnunet_sam2.volumes import read_label, read_map
 
@@ -235,6 +233,9 @@ def _write_pseudo_case(
 
 def _soft_targets(path: Path, properties: dict[str, Any], loaded: Preprocessing) -> np.ndarray:
     """Return probabilities of the network's channels, background left out, on the preprocessed grid (c, z, y, x)."""
+    from nnunet_sam2.labelling.fusion import as_probability
+    from nnunet_sam2.support.library import read_probabilities
+
     prob_czyx = read_probabilities(path)
     labels = loaded.plans.get_label_manager(loaded.dataset)
     channel_of = {int(value): n for n, value in enumerate(labels.all_labels)}
