@@ -140,8 +140,8 @@ def _require_channels(
     if bare and count > 1:
         text = f"a case takes {count} files here" if len(bare) == len(files) else "other images have one"
         raise InputError(
-            f"{files[bare[0]]} has no channel suffix, {text}; name it {bare[0]}_0000, or correct the number of channels "
-            "(--channels, dataset.json)"
+            f"{files[bare[0]]} has no channel suffix, {text}; name it {bare[0]}_0000, or correct the number of "
+            "channels (--channels, dataset.json)"
         )
     for case_id, channels in grouped.items():
         some = next(iter(channels.values()))
