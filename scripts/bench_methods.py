@@ -21,6 +21,7 @@ import numpy as np
 from bench_data import HIERA_TINY_IMAGE, PROJECT
 from methods_bench.counting import CountingBackend, spent
 from methods_bench.measure import Students, measure, measure_copies
+from methods_bench.organs_chart import draw_organs
 from methods_bench.plan import CALIBRATED, SET_NAMES, SUPPORTS, Cell, planned
 from methods_bench.store import VERSION, Results, is_done, slim
 from methods_bench.summary import summarised
@@ -58,6 +59,7 @@ def main() -> None:
                 _Bench(checkpoint, size, sets, results, args).run(end)
     if args.output == RESULTS:
         write_tables(results.read(), PAGE, PROJECT / "README.md")
+        draw_organs(results.read()["cells"], PAGE.parent / "organs.svg")
 
 
 def _arguments() -> argparse.Namespace:
