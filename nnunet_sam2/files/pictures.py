@@ -13,12 +13,15 @@ import numpy as np
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.checks import check_file, file_ending
+from nnunet_sam2.files.tiff_layout import check_tiff
 
 _ORIENTATION = 0x0112
 """EXIF's tag of the turn, 1 for none."""
 _PALETTE = 3
 """TIFF's photometric interpretation of a palette."""
 _TIFF_ENDINGS = (".tif", ".tiff")
+_LOSSLESS = (1, 5, 8, 32773, 32946)
+"""TIFF's compressions that each reader has and that keep every value: none, LZW, deflate, PackBits."""
 
 
 def read_picture(path: Path, *, indices: bool = False) -> np.ndarray:
@@ -123,21 +126,50 @@ class _Collector(logging.Handler):
 def _read_tiff(path: Path, indices: bool) -> np.ndarray:
     import tifffile
 
+    pages = check_tiff(path)
     with tifffile.TiffFile(path) as file:
-        if len(file.pages) > 1:
-            raise InputError(
-                f"{path} has {len(file.pages)} pages; a stack has no voxel size, convert it to .nii.gz first"
-            )
         page = file.pages[0]
+        pages = max(pages, int((file.imagej_metadata or {}).get("images", 1)))
+        if pages > 1:
+            raise InputError(f"{path} has {pages} pages; a stack has no voxel size, convert it to .nii.gz first")
         array = page.asarray()
+        _ask_a_second_reader(path, page, array)
         photometric = getattr(page, "photometric", None)
         if photometric is not None and int(photometric) == _PALETTE and not indices:
             raise InputError(f"{path} holds the numbers of a palette, no intensities; save it as grey or RGB")
         if array.ndim == 3 and getattr(page, "planarconfig", 1) == 2:
             array = np.moveaxis(array, 0, -1)
-        if photometric is not None and int(photometric) == 0 and np.issubdtype(array.dtype, np.unsignedinteger):
+        if photometric is not None and int(photometric) == 0 and array.dtype != bool:
+            if array.dtype != np.uint8:
+                raise InputError(
+                    f"{path} counts its greys from white, which programs read in two ways beyond 8 bits; save it with "
+                    "0 as black"
+                )
             array = np.iinfo(array.dtype).max - array  # 0 is white in this file
         return np.asarray(array)
+
+
+def _ask_a_second_reader(path: Path, page: Any, array: np.ndarray) -> None:
+    """Refuse a file that Pillow reads otherwise; what it cannot read, and what decoders round, is not asked for."""
+    from PIL import Image, UnidentifiedImageError, features
+
+    lossless = page.compression in _LOSSLESS and (page.compression == 1 or features.check("libtiff"))
+    kept = page.bitspersample == 8 or (page.samplesperpixel == 1 and page.bitspersample in (16, 32))
+    if not lossless or not kept or page.photometric not in (1, 2, 3):
+        return
+    try:
+        opened = Image.open(path)
+    except UnidentifiedImageError:
+        return
+    with opened as image:
+        other = np.asarray(image)
+    if page.planarconfig == 2 and array.ndim == 3:
+        array = np.moveaxis(array, 0, -1)
+    same = other.shape == array.shape and np.array_equal(
+        other.astype(array.dtype), array, equal_nan=array.dtype.kind == "f"
+    )
+    if not same:
+        raise InputError(f"{path} is damaged: two readers find other pixels in it; get the file again, or save it anew")
 
 
 def _read_other(path: Path, indices: bool) -> np.ndarray:
