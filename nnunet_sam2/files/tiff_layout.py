@@ -21,7 +21,7 @@ _MOST_VALUES = 1 << 20
 WIDTH, LENGTH, BITS, COMPRESSION, PHOTOMETRIC = 256, 257, 258, 259, 262
 _STRIP_OFFSETS, _SAMPLES, _ROWS, _STRIP_COUNTS, _PLANAR = 273, 277, 278, 279, 284
 _TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_COUNTS = 322, 323, 324, 325
-_DEFAULTS = {COMPRESSION: (1,), _SAMPLES: (1,), _PLANAR: (1,)}
+_DEFAULTS: dict[int, tuple[int, ...]] = {COMPRESSION: (1,), _SAMPLES: (1,), _PLANAR: (1,)}
 """What a tag that is left out means. How colours and bits are meant is left to no default: readers' differ."""
 _WANTED = {
     *(WIDTH, LENGTH, BITS, COMPRESSION, PHOTOMETRIC, _STRIP_OFFSETS, _SAMPLES, _ROWS, _STRIP_COUNTS, _PLANAR),
