@@ -191,6 +191,15 @@ def _segments(path: Path) -> tuple[Segment, ...]:
 
 def header_lines(path: Path) -> list[str]:
     """Return the lines of a text header, that of an NRRD or MetaImage file; raise `InputError` where it has no end."""
+    return _text_header(path)[0]
+
+
+def header_end(path: Path) -> int:
+    """Return the byte that follows a text header."""
+    return _text_header(path)[1]
+
+
+def _text_header(path: Path) -> tuple[list[str], int]:
     lines: list[str] = []
     seen = 0
     with path.open("rb") as handle:
@@ -199,10 +208,10 @@ def header_lines(path: Path) -> list[str]:
             seen += len(raw)
             line = raw.decode("utf-8", "replace").rstrip("\r\n")
             if not raw or not line:
-                return lines
+                return lines, seen
             lines += line.split("\r")
             if line.replace(" ", "").startswith("ElementDataFile="):
-                return lines
+                return lines, seen
     raise InputError(f"{path} is named like an image but its header has no end; get the file again")
 
 

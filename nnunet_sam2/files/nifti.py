@@ -17,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.files.expansion import check_expansion
 from nnunet_sam2.files.gzipped import is_gzipped, open_stream
 from nnunet_sam2.files.nifti_placement import UNIT_MM, placement_of
 from nnunet_sam2.files.repairs import ERROR, STRICT, ReadPolicy, Repairs
@@ -183,6 +184,7 @@ def _read_to_the_end(
     offset = int(begin)
     # In exact arithmetic: a header may promise more than 64 bits can count.
     voxel_bytes = math.prod(shape) * dtype.itemsize
+    check_expansion(path, voxel_bytes)
     promised = offset + voxel_bytes
     if not isinstance(stream, gzip.GzipFile) and path.stat().st_size < promised:
         _refuse_short(path, promised, path.stat().st_size)
