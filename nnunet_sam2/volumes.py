@@ -12,6 +12,7 @@ from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.files.checks import LOSSY_ENDINGS, PICTURE_ENDINGS, check_content, check_path, file_ending
 from nnunet_sam2.files.label_tables import by_names, read_label_table
 from nnunet_sam2.files.nifti import NiftiFacts, mend_nonfinite, read_values
+from nnunet_sam2.files.one_hot import merge_one_hot
 from nnunet_sam2.files.pictures import read_picture, write_picture
 from nnunet_sam2.files.repairs import ERROR, STRICT, ReadPolicy, Repairs
 from nnunet_sam2.geometry import Geometry
@@ -105,7 +106,7 @@ def read_label_as(
 
     NaN and infinite values are refused whatever the policy says of images. With ``names``, the declared names and their
     values, a file that has a label table of its own (`files.label_tables`) is mapped by its names, and segments in
-    several layers are merged.
+    several layers are merged. Volumes of 0 and 1 are merged where the policy says so (`files.one_hot`).
     """
     if file_ending(path) in LOSSY_ENDINGS:
         raise InputError(f"{path} is a JPEG, which changes label values; save the label map as PNG")
@@ -113,6 +114,9 @@ def read_label_as(
     if names is not None and (segments := read_label_table(path)):
         array, renamed, voxels = by_names(path, array, segments, names)
         repairs = replace(repairs, renamed=renamed, renamed_voxels=voxels)
+    elif array.shape[0] > 1 and policy.one_hot:
+        array, merged = merge_one_hot(path, array, allowed)
+        repairs = replace(repairs, one_hot=merged)
     label_zyx, rounded = as_label(path, array, allowed=allowed)
     return label_zyx, geometry, replace(repairs, rounded_voxels=rounded)
 
@@ -237,8 +241,17 @@ def _read(
         _check_placement(path, facts, geometry)
     # Whatever the axes before the last three are called, they count volumes.
     array = array.reshape(-1, *geometry.shape_zyx)
-    if array.shape[0] != 1 and not split_fourth_axis and not (indices and path.name.lower().endswith(".nrrd")):
-        raise InputError(f"{path} is 4D with {array.shape[0]} volumes; save each channel as a file of its own")
+    layered = indices and (policy.one_hot or path.name.lower().endswith(".nrrd"))
+    if array.shape[0] != 1 and not split_fourth_axis and not layered:
+        raise InputError(
+            f"{path} is 4D with {array.shape[0]} volumes; "
+            + (
+                "a label is one map with a value for each class: if each volume is a class of 0 and 1, convert merges "
+                "them with --one-hot"
+                if indices
+                else "save each channel as a file of its own"
+            )
+        )
     values, mended = mend_nonfinite(path, array, policy)
     if mended:
         repairs = replace(repairs, nonfinite_voxels=mended.nonfinite_voxels, nonfinite_set_to=mended.nonfinite_set_to)

@@ -392,7 +392,9 @@ def _advice(
         notes.append(gaps)
     if table.changes_values:
         changed = ", ".join(f"{a} -> {b}" for a, b in table.source_values.items() if a != b)
-        notes.append(f"label values are renumbered for nnU-Net: {changed}")
+        highest = list(table.source_values)[-1] < max(table.source_values)
+        top = "; the ignore label is moved above the classes" if highest else ""
+        notes.append(f"label values are renumbered for nnU-Net: {changed}{top}")
     return notes
 
 
