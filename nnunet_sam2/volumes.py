@@ -13,7 +13,7 @@ from nnunet_sam2.files.checks import LOSSY_ENDINGS, PICTURE_ENDINGS, check_conte
 from nnunet_sam2.files.label_tables import by_names, read_label_table
 from nnunet_sam2.files.nifti import NiftiFacts, mend_nonfinite, read_values
 from nnunet_sam2.files.one_hot import merge_one_hot
-from nnunet_sam2.files.pictures import read_picture, write_picture
+from nnunet_sam2.files.pictures import read_picture, read_tiff_stack, write_picture
 from nnunet_sam2.files.repairs import ERROR, STRICT, ReadPolicy, Repairs
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.storage import atomic_path
@@ -231,6 +231,10 @@ def _read(
     path: Path, *, split_fourth_axis: bool = False, policy: ReadPolicy = STRICT, indices: bool = False
 ) -> tuple[np.ndarray, Geometry, Repairs]:
     if file_ending(path) in PICTURE_ENDINGS:
+        if (stack := read_tiff_stack(path, indices=indices)) is not None:
+            array, spacing = stack
+            values, repairs = mend_nonfinite(path, array[None], policy)
+            return values, Geometry(shape_zyx=array.shape, spacing_xyz_mm=spacing), repairs
         values, repairs = mend_nonfinite(path, read_picture(path, indices=indices)[:, None], policy)
         return values, Geometry(shape_zyx=(1, values.shape[2], values.shape[3])), repairs
     facts = check_content(path, policy)

@@ -1,4 +1,4 @@
-"""Kinds of label that people have: a volume a class, regions with gaps, an ignore label in the middle."""
+"""Kinds of label that people have: a volume a class, regions with gaps, ignore in the middle, stacks of ImageJ."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import tifffile
 from small_source import GRID, SHAPE, random_image
 
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.cohort.labels import make_label_table
 from nnunet_sam2.cohort.layouts.found import image_files, match_labels
-from nnunet_sam2.volumes import read_label, write_label
+from nnunet_sam2.errors import InputError
+from nnunet_sam2.volumes import read_label, read_stored, write_label
 
 CONVERT = ["-d", "7", "-n", "T"]
 
@@ -118,3 +120,54 @@ def test_an_accent_that_is_spelled_in_two_ways_is_one_name(tmp_path: Path) -> No
         (tmp_path / folder / unicodedata.normalize(form, "Jos\u00e9.nii.gz")).write_bytes(b"x")
     images, labels = image_files(tmp_path / "images"), image_files(tmp_path / "labels")
     assert list(match_labels(images, labels, tmp_path)) == ["Jos\u00e9"]
+
+
+def _imagej(path: Path, array_zyx: np.ndarray, **metadata: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tifffile.imwrite(path, array_zyx, imagej=True, resolution=(0.8, 0.8), metadata={"axes": "ZYX", **metadata})
+
+
+def test_an_imagej_stack_is_read_with_the_voxel_size_that_it_carries(
+    tmp_path: Path, fresh_roots: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "stacks"
+    images = [random_image(i)[0].astype(np.uint16) for i in range(3)]
+    label = (random_image(9)[0] % 3).astype(np.uint8)
+    for i in range(3):
+        _imagej(folder / f"images/case{i}.tif", images[i], unit="mm", spacing=5.0)
+    for i in range(2):
+        _imagej(folder / f"labels/case{i}.tif", label, unit="mm", spacing=5.0)
+    assert main(["convert", str(folder), *CONVERT]) == 0
+    told = capsys.readouterr().out
+    assert told.count("ImageJ's voxel size") == 1
+    assert "3 TIFF stacks are read with ImageJ's voxel size (case0: 1.25 x 1.25 x 5 mm)" in told
+    raw = fresh_roots / "nnUNet_raw" / "Dataset007_T"
+    np.testing.assert_array_equal(read_stored(raw / "imagesTr/case0_0000.nii.gz")[0][0], images[0])
+    np.testing.assert_array_equal(_stored(fresh_roots, "case0"), label)
+    assert Cohort.load(raw).cases[0].geometry.spacing_xyz_mm == (1.25, 1.25, 5.0)
+
+
+@pytest.mark.parametrize("unit", ["micron", "um", "\\u00B5m"])
+def test_the_unit_of_a_stack_is_read(unit: str, tmp_path: Path) -> None:
+    _imagej(tmp_path / "x.tif", random_image(0)[0].astype(np.uint16), unit=unit, spacing=5.0)
+    array, geometry = read_stored(tmp_path / "x.tif")
+    assert array.shape == (1, *SHAPE)
+    assert geometry.spacing_xyz_mm == pytest.approx((1.25e-3, 1.25e-3, 5e-3))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({}, "no voxel size; set it in ImageJ"),
+        ({"unit": "pixel", "spacing": 2.0}, "no voxel size"),
+        ({"unit": "mm", "spacing": 0.0}, "no voxel size"),
+        ({"unit": "um", "spacing": 1e-4}, "too small for a NIfTI header"),
+        ({"unit": "mm", "spacing": 2.0, "axes": "TYX"}, "several channels, times or colours"),
+    ],
+)
+def test_a_stack_that_does_not_tell_its_voxels_is_refused(
+    metadata: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    _imagej(tmp_path / "x.tif", random_image(0)[0].astype(np.uint16), **metadata)
+    with pytest.raises(InputError, match=words):
+        read_stored(tmp_path / "x.tif")

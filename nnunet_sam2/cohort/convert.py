@@ -366,6 +366,9 @@ def _advice(
 ) -> list[str]:
     """Collect what deserves a line but is no reason to refuse."""
     notes = [note for case in checked for note in case.notes]
+    if stacks := [case for case in checked if case.stack]:
+        size = " x ".join(f"{v:g}" for v in stacks[0].geometry.spacing_xyz_mm)
+        notes.append(f"{len(stacks)} TIFF stacks are read with ImageJ's voxel size ({stacks[0].case_id}: {size} mm)")
     geometries = {case.case_id: case.geometry for case in checked}
     labelled = [geometries[c] for c in geometries if assignment.role_of[c] is Role.LABELLED]
     if stored := orientation_note(geometries.values(), common_direction(labelled)):

@@ -15,6 +15,8 @@ LARGE_BYTES = 3_000_000_000
 """Below this many bytes of voxels it does not matter how well they are compressed."""
 RATIO = 500
 """Most bytes of voxels for each stored one beyond that: images shrink by 10 at most, label maps by some 100."""
+_DEFLATE = 1040
+"""Most bytes that deflate can make of one, and a little."""
 _COPIES = 3
 """How many copies of a volume reading and looking at it holds."""
 _ROOM_FROM_BYTES = 1 << 30
@@ -24,6 +26,11 @@ _CHUNK = 1 << 22
 def check_expansion(path: Path, voxel_bytes: int) -> None:
     """Refuse a file whose header promises more voxels than can be meant, or than this machine has memory for."""
     stored = path.stat().st_size
+    if voxel_bytes > LARGE_BYTES and voxel_bytes > _DEFLATE * stored:
+        raise InputError(
+            f"{path} is cut off: its header promises {voxel_bytes} bytes, {stored} compressed ones cannot hold "
+            "them; copy or download it again"
+        )
     if voxel_bytes > LARGE_BYTES and voxel_bytes > RATIO * stored:
         raise InputError(
             f"{path} opens to {voxel_bytes / 1e9:.1f} GB from {stored / 1e6:.1f} MB, more than {RATIO} times its size, "

@@ -184,10 +184,10 @@ def _read_to_the_end(
     offset = int(begin)
     # In exact arithmetic: a header may promise more than 64 bits can count.
     voxel_bytes = math.prod(shape) * dtype.itemsize
-    check_expansion(path, voxel_bytes)
     promised = offset + voxel_bytes
     if not isinstance(stream, gzip.GzipFile) and path.stat().st_size < promised:
         _refuse_short(path, promised, path.stat().st_size)
+    check_expansion(path, voxel_bytes)
     nan = infinite = 0
     rest = head[offset:]
     position = len(head)

@@ -82,7 +82,7 @@ def _begin(path: Path, handle: IO[bytes], size: int) -> tuple[_Format, int]:
     order = {b"II": "<", b"MM": ">"}.get(head[:2])
     version = struct.unpack(order + "H", head[2:4])[0] if order and len(head) >= 8 else 0
     if order is None or version not in (42, 43):
-        raise InputError(f"{path} is named like TIFF but does not begin as one; get the file again")
+        raise InputError(f"{path} cannot be read as a picture: it does not begin as TIFF does; get the file again")
     layout = _Format(order=order, big=version == 43, size=size)
     if not layout.big:
         return layout, layout.unpack("I", head[4:8])[0]
