@@ -11,8 +11,9 @@ import numpy as np
 from nnunet_sam2.errors import InputError, StageError
 from nnunet_sam2.files.checks import LOSSY_ENDINGS, PICTURE_ENDINGS, check_content, check_path, file_ending
 from nnunet_sam2.files.label_tables import by_names, read_label_table
-from nnunet_sam2.files.nifti import mend_nonfinite, read_values
-from nnunet_sam2.files.pictures import read_picture, write_picture
+from nnunet_sam2.files.nifti import NiftiFacts, mend_nonfinite, read_values
+from nnunet_sam2.files.one_hot import merge_one_hot
+from nnunet_sam2.files.pictures import read_picture, read_tiff_stack, write_picture
 from nnunet_sam2.files.repairs import ERROR, STRICT, ReadPolicy, Repairs
 from nnunet_sam2.geometry import Geometry
 from nnunet_sam2.storage import atomic_path
@@ -69,8 +70,23 @@ def as_float32(path: Path, array: np.ndarray) -> np.ndarray:
 
 
 def read_geometry(path: Path) -> Geometry:
-    """Read the grid of an image or label file."""
-    return _read(path, split_fourth_axis=True, indices=True)[1]
+    """Read the grid of an image or label file; a volume's voxels are checked as they go by, and not held."""
+    if file_ending(path) in PICTURE_ENDINGS:
+        return _read(path, indices=True)[1]
+    facts = check_content(path)
+    if facts is not None and facts.by_own_rules:
+        return facts.geometry
+    import SimpleITK
+
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise _unreadable(path, error) from None
+    geometry = _geometry(reader)
+    _check_placement(path, facts, geometry)
+    return geometry
 
 
 def read_label(path: Path, *, allowed: Iterable[int] | None = None) -> tuple[np.ndarray, Geometry]:
@@ -90,7 +106,7 @@ def read_label_as(
 
     NaN and infinite values are refused whatever the policy says of images. With ``names``, the declared names and their
     values, a file that has a label table of its own (`files.label_tables`) is mapped by its names, and segments in
-    several layers are merged.
+    several layers are merged. Volumes of 0 and 1 are merged where the policy says so (`files.one_hot`).
     """
     if file_ending(path) in LOSSY_ENDINGS:
         raise InputError(f"{path} is a JPEG, which changes label values; save the label map as PNG")
@@ -98,6 +114,9 @@ def read_label_as(
     if names is not None and (segments := read_label_table(path)):
         array, renamed, voxels = by_names(path, array, segments, names)
         repairs = replace(repairs, renamed=renamed, renamed_voxels=voxels)
+    elif array.shape[0] > 1 and policy.one_hot:
+        array, merged = merge_one_hot(path, array, allowed)
+        repairs = replace(repairs, one_hot=merged)
     label_zyx, rounded = as_label(path, array, allowed=allowed)
     return label_zyx, geometry, replace(repairs, rounded_voxels=rounded)
 
@@ -212,6 +231,10 @@ def _read(
     path: Path, *, split_fourth_axis: bool = False, policy: ReadPolicy = STRICT, indices: bool = False
 ) -> tuple[np.ndarray, Geometry, Repairs]:
     if file_ending(path) in PICTURE_ENDINGS:
+        if (stack := read_tiff_stack(path, indices=indices)) is not None:
+            array, spacing = stack
+            values, repairs = mend_nonfinite(path, array[None], policy)
+            return values, Geometry(shape_zyx=array.shape, spacing_xyz_mm=spacing), repairs
         values, repairs = mend_nonfinite(path, read_picture(path, indices=indices)[:, None], policy)
         return values, Geometry(shape_zyx=(1, values.shape[2], values.shape[3])), repairs
     facts = check_content(path, policy)
@@ -219,19 +242,41 @@ def _read(
         array, geometry, repairs = read_values(path), facts.geometry, facts.repairs
     else:
         array, geometry, repairs = (*_read_with_simpleitk(path, layers=indices), Repairs())
-        if facts is not None and (difference := facts.geometry.mismatch(geometry)):
-            raise InputError(
-                f"{path} is placed differently by its header and by the library that nnU-Net reads it with "
-                f"({difference}); write it anew with your image viewer"
-            )
+        _check_placement(path, facts, geometry)
     # Whatever the axes before the last three are called, they count volumes.
     array = array.reshape(-1, *geometry.shape_zyx)
-    if array.shape[0] != 1 and not split_fourth_axis and not (indices and path.name.lower().endswith(".nrrd")):
-        raise InputError(f"{path} is 4D with {array.shape[0]} volumes; save each channel as a file of its own")
+    layered = indices and (policy.one_hot or path.name.lower().endswith(".nrrd"))
+    if array.shape[0] != 1 and not split_fourth_axis and not layered:
+        raise InputError(
+            f"{path} is 4D with {array.shape[0]} volumes; "
+            + (
+                "a label is one map with a value for each class: if each volume is a class of 0 and 1, convert merges "
+                "them with --one-hot"
+                if indices
+                else "save each channel as a file of its own"
+            )
+        )
     values, mended = mend_nonfinite(path, array, policy)
     if mended:
         repairs = replace(repairs, nonfinite_voxels=mended.nonfinite_voxels, nonfinite_set_to=mended.nonfinite_set_to)
     return values, geometry, repairs
+
+
+def _check_placement(path: Path, facts: NiftiFacts | None, geometry: Geometry) -> None:
+    if facts is not None and (difference := facts.geometry.mismatch(geometry)):
+        raise InputError(
+            f"{path} is placed differently by its header and by the library that nnU-Net reads it with "
+            f"({difference}); write it anew with your image viewer"
+        )
+
+
+def _unreadable(path: Path, error: RuntimeError) -> InputError:
+    text = str(error)
+    if "orthonormal" in text:
+        return InputError(
+            f"{path} has sheared axes, which SimpleITK and nnU-Net cannot hold; resample it onto a straight grid"
+        )
+    return InputError(f"{path} cannot be read ({text.strip().splitlines()[-1]}); get the file again")
 
 
 def _read_with_simpleitk(path: Path, *, layers: bool) -> tuple[np.ndarray, Geometry]:
@@ -240,12 +285,7 @@ def _read_with_simpleitk(path: Path, *, layers: bool) -> tuple[np.ndarray, Geome
     try:
         image = SimpleITK.ReadImage(str(path))
     except RuntimeError as error:
-        text = str(error)
-        if "orthonormal" in text:
-            raise InputError(
-                f"{path} has sheared axes, which SimpleITK and nnU-Net cannot hold; resample it onto a straight grid"
-            ) from None
-        raise InputError(f"{path} cannot be read ({text.strip().splitlines()[-1]}); get the file again") from None
+        raise _unreadable(path, error) from None
     if image.GetNumberOfComponentsPerPixel() != 1:
         if layers and image.GetDimension() == 3 and path.name.lower().endswith(".nrrd") and read_label_table(path):
             return np.moveaxis(SimpleITK.GetArrayFromImage(image), -1, 0), _geometry(image)
@@ -265,21 +305,26 @@ def _read_with_simpleitk(path: Path, *, layers: bool) -> tuple[np.ndarray, Geome
 
 
 def _geometry(image) -> Geometry:  # type: ignore[no-untyped-def]  # SimpleITK has no types
-    size, spacing, origin, direction = (
-        image.GetSize(),
-        image.GetSpacing(),
-        image.GetOrigin(),
-        image.GetDirection(),
+    """Return the grid of an image, or of a reader that has read its header; a fourth axis has no place in it."""
+    axes = image.GetDimension()
+    if axes not in (2, 3, 4):
+        raise InputError(f"an image of {axes} axes was read; an image has 3")
+    direction = np.eye(3)
+    kept = min(axes, 3)
+    direction[:kept, :kept] = np.reshape(image.GetDirection(), (axes, axes))[:kept, :kept]
+    size, spacing, origin = (
+        (*values[:kept], *padding[kept:])
+        for values, padding in (
+            (image.GetSize(), (1, 1, 1)),
+            (image.GetSpacing(), (1.0, 1.0, 1.0)),
+            (image.GetOrigin(), (0.0, 0.0, 0.0)),
+        )
     )
-    if image.GetDimension() == 2:
-        (xx, xy, yx, yy) = direction
-        size, spacing, origin = (*size, 1), (*spacing, 1.0), (*origin, 0.0)
-        direction = (xx, xy, 0.0, yx, yy, 0.0, 0.0, 0.0, 1.0)
     return Geometry(
         shape_zyx=(size[2], size[1], size[0]),
-        spacing_xyz_mm=tuple(spacing),
-        origin_xyz_mm=tuple(origin),
-        direction=tuple(direction),
+        spacing_xyz_mm=spacing,
+        origin_xyz_mm=origin,
+        direction=tuple(direction.ravel().tolist()),
     )
 
 

@@ -218,7 +218,16 @@ FAULTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ..
     "labels that share a value": (lambda s: None, ("--labels", "a=1,b=1"), ("a and b", "share the value 1")),
     "broken JSON": (lambda s: None, ("--labels", "{a"), ("not valid JSON",)),
     "no such JSON": (lambda s: None, ("--labels", "/nowhere/x.json"), ("/nowhere/x.json does not exist",)),
-    "ignore not highest": (lambda s: None, ("--labels", "a=2,ignore=1"), ("ignore", "highest")),
+    "ignore that a region holds": (
+        lambda s: None,
+        ("--labels", "a=1+2,ignore=2", "--regions-class-order", "1"),
+        ("ignore", "value 2 of another label"),
+    ),
+    "a channel that is told by a dot": (
+        lambda s: (s / "images/case0.nii.gz").rename(s / "images/case0.0000.nii.gz"),
+        (),
+        ("there is case0.0000: a channel wants _0000", "case0_0000"),
+    ),
     "regions without order": (lambda s: None, ("--labels", "w=1+2,c=2"), ("--regions-class-order", "2 values")),
     "order without regions": (
         lambda s: None,

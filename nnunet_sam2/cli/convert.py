@@ -75,6 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which placement to believe where a NIfTI file's qform and sform contradict each other (default: refuse)",
     )
     parser.add_argument(
+        "--one-hot",
+        action="store_true",
+        help="labels are 4D with a volume of 0 and 1 for each class, in the order of --labels' values (one more: the "
+        "first is the background): merge them; volumes that overlap are refused",
+    )
+    parser.add_argument(
         "--unpack-to",
         type=Path,
         metavar="DIR",
@@ -106,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         test_as_unlabelled=args.test_as_unlabelled,
         allow_empty=args.allow_empty,
         overwrite=args.overwrite,
-        policy=ReadPolicy(nonfinite=args.nan, fix_geometry=args.fix_geometry, form=args.form),
+        policy=ReadPolicy(nonfinite=args.nan, fix_geometry=args.fix_geometry, form=args.form, one_hot=args.one_hot),
         unpack_to=args.unpack_to,
     )
     cohort = convert(args.source, folders, options)

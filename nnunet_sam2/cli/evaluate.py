@@ -125,7 +125,8 @@ def _names(args: argparse.Namespace, table: _Table) -> dict[str, int] | None:
 
 def _declared_table(declared: Mapping[str, LabelValue]) -> _Table:
     regions = any(isinstance(value, list) and len(value) > 1 for value in declared.values())
-    order = [1] * sum(name not in (BACKGROUND, IGNORE) for name in declared)
+    regions_of = [value for name, value in declared.items() if name not in (BACKGROUND, IGNORE)]
+    order = [value[0] if isinstance(value, list) and value else 0 for value in regions_of]
     # The table's own checks matter, its renumbering does not: the files hold the values as they are declared.
     make_label_table(declared, order if regions else None)
     classes: dict[str, tuple[int, ...]] = {}

@@ -43,6 +43,8 @@ class CheckedCase:
     copy_images: tuple[bool, ...]
     """Whether each image file can be taken byte for byte."""
     copy_label: bool
+    stack: bool = False
+    """Whether it is a TIFF stack that says how large its voxels are."""
     notes: tuple[str, ...] = field(default=())
     repairs: dict[str, Repairs] = field(default_factory=dict)
     """What was mended, by file name."""
@@ -139,7 +141,8 @@ def _check_case(case: SourceCase, table: LabelTable | None, policy: ReadPolicy) 
     label_file = case.label or case.hidden_label
     if mended and label_file is not None:
         repairs[f"{label_file.parent.name}/{label_file.name}"] = mended
-    picture = file_ending(case.images[0]) in PICTURE_ENDINGS
+    stack = file_ending(case.images[0]) in PICTURE_ENDINGS and geometry.shape_zyx[0] > 1
+    picture = file_ending(case.images[0]) in PICTURE_ENDINGS and not stack
     stacked = np.concatenate([as_float32(path, array) for path, array in zip(case.images, arrays, strict=True)])
     notes = []
     if stacked.min() == stacked.max():
@@ -150,6 +153,7 @@ def _check_case(case: SourceCase, table: LabelTable | None, policy: ReadPolicy) 
         case_id=case.case_id,
         source=case,
         picture=picture,
+        stack=stack,
         channel_count=stacked.shape[0],
         fits_png=picture and all(picture_fits_png(array) for array in arrays),
         geometry=geometry,

@@ -366,6 +366,9 @@ def _advice(
 ) -> list[str]:
     """Collect what deserves a line but is no reason to refuse."""
     notes = [note for case in checked for note in case.notes]
+    if stacks := [case for case in checked if case.stack]:
+        size = " x ".join(f"{v:g}" for v in stacks[0].geometry.spacing_xyz_mm)
+        notes.append(f"{len(stacks)} TIFF stacks are read with ImageJ's voxel size ({stacks[0].case_id}: {size} mm)")
     geometries = {case.case_id: case.geometry for case in checked}
     labelled = [geometries[c] for c in geometries if assignment.role_of[c] is Role.LABELLED]
     if stored := orientation_note(geometries.values(), common_direction(labelled)):
@@ -392,7 +395,9 @@ def _advice(
         notes.append(gaps)
     if table.changes_values:
         changed = ", ".join(f"{a} -> {b}" for a, b in table.source_values.items() if a != b)
-        notes.append(f"label values are renumbered for nnU-Net: {changed}")
+        highest = list(table.source_values)[-1] < max(table.source_values)
+        top = "; the ignore label is moved above the classes" if highest else ""
+        notes.append(f"label values are renumbered for nnU-Net: {changed}{top}")
     return notes
 
 

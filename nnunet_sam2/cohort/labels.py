@@ -61,8 +61,9 @@ def make_label_table(
 ) -> LabelTable:
     """Check a declared table and make it one that nnU-Net takes.
 
-    A missing background is added. Plain labels with gaps (0 and 255) are renumbered in ascending order; regions must
-    be consecutive as they are. Raises `InputError` for anything that nnU-Net would refuse.
+    A missing background is added. Values with gaps (0 and 255; regions on 1, 2 and 4) are renumbered in ascending
+    order, ``regions_class_order`` with them; the ignore label comes last, wherever it was. Raises `InputError` for
+    anything that nnU-Net would refuse.
     """
     table: dict[str, LabelValue] = {BACKGROUND: 0}
     for name, value in declared.items():
@@ -167,9 +168,7 @@ def _plain(table: dict[str, LabelValue], order: Iterable[int] | None) -> LabelTa
         twice = next(v for v in values if values.count(v) > 1)
         names = [name for name, value in table.items() if value == twice]
         raise InputError(f"labels {' and '.join(names)} share the value {twice}; give each its own")
-    if IGNORE in table and table[IGNORE] != max(values):
-        raise InputError(f"the ignore label has value {table[IGNORE]}; nnU-Net wants it highest, above {max(values)}")
-    source_values = {value: rank for rank, value in enumerate(sorted(values))}
+    source_values = _ranks(values, table)
     labels: dict[str, LabelValue] = {
         name: source_values[value] for name, value in table.items() if isinstance(value, int)
     }
@@ -180,10 +179,7 @@ def _with_regions(table: dict[str, LabelValue], order: Iterable[int] | None) -> 
     values: set[int] = set()
     for value in table.values():
         values.update(value if isinstance(value, list) else [value])
-    if values != set(range(len(values))):
-        raise InputError(f"labels with regions must be consecutive from 0, got {sorted(values)}; renumber the files")
-    if IGNORE in table and table[IGNORE] != max(values):
-        raise InputError(f"the ignore label has value {table[IGNORE]}; nnU-Net wants it highest, {max(values)}")
+    ranks = _ranks(values, table)
     regions = [name for name in table if name not in (BACKGROUND, IGNORE)]
     class_order = tuple(order) if order is not None else ()
     if len(class_order) != len(regions):
@@ -194,4 +190,17 @@ def _with_regions(table: dict[str, LabelValue], order: Iterable[int] | None) -> 
     stray = set(class_order) - values
     if stray:
         raise InputError(f"regions_class_order names {sorted(stray)}, which no region holds")
-    return LabelTable(labels=table, regions_class_order=class_order, source_values={v: v for v in sorted(values)})
+    others = [v for name, v in table.items() if name != IGNORE]
+    if (ignore := table.get(IGNORE)) is not None and any(ignore in (v if isinstance(v, list) else [v]) for v in others):
+        raise InputError(f"the ignore label has the value {ignore} of another label; give it its own")
+    labels: dict[str, LabelValue] = {
+        name: sorted(ranks[v] for v in value) if isinstance(value, list) else ranks[value]
+        for name, value in table.items()
+    }
+    return LabelTable(labels=labels, regions_class_order=tuple(ranks[v] for v in class_order), source_values=ranks)
+
+
+def _ranks(values: Iterable[int], table: Mapping[str, LabelValue]) -> dict[int, int]:
+    """Number values from 0 in ascending order, the ignore label's after all others, as nnU-Net wants it."""
+    ignore = table.get(IGNORE)
+    return {value: rank for rank, value in enumerate(sorted(set(values), key=lambda v: (v == ignore, v)))}

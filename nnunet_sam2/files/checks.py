@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-import zlib
 from pathlib import Path
 
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.files.label_tables import SEGMENT_ENDING, header_lines
+from nnunet_sam2.files.expansion import check_expansion, inflated_size
+from nnunet_sam2.files.label_tables import SEGMENT_ENDING, header_end, header_lines
 from nnunet_sam2.files.nifti import NiftiFacts, check_nifti
 from nnunet_sam2.files.repairs import STRICT, ReadPolicy
 
@@ -26,6 +26,18 @@ LOSSY_ENDINGS = (".jpg", ".jpeg")
 """Endings of pictures that cannot hold a label map."""
 
 _HEADER_BYTES = 1 << 16
+_NRRD_BYTES = {
+    name: size
+    for size, names in {
+        1: "signed char,int8,int8_t,uchar,unsigned char,uint8,uint8_t",
+        2: "short,short int,signed short,signed short int,int16,int16_t,ushort,unsigned short,unsigned short int,"
+        "uint16,uint16_t",
+        4: "int,signed int,int32,int32_t,uint,unsigned int,uint32,uint32_t,float",
+        8: "longlong,long long,long long int,signed long long,signed long long int,int64,int64_t,ulonglong,"
+        "unsigned long long,unsigned long long int,uint64,uint64_t,double",
+    }.items()
+    for name in names.split(",")
+}
 _META_IMAGE_BYTES = {
     "MET_CHAR": 1,
     "MET_UCHAR": 1,
@@ -115,10 +127,28 @@ def check_content(path: Path, policy: ReadPolicy = STRICT) -> NiftiFacts | None:
 
 
 def _check_nrrd(path: Path) -> None:
-    """Refuse a header that names other files: what is read must be what was given."""
+    """Refuse a header that names other files: what is read must be what was given; and voxels that are not whole."""
+    fields: dict[str, str] = {}
     for line in header_lines(path):
         if line.lower().replace(" ", "").startswith("datafile:"):
             raise InputError(f"{path} keeps its voxels in another file; save header and voxels in one .nrrd")
+        name, colon, value = line.partition(":")
+        if colon and not value.startswith("="):
+            fields[name.strip().lower()] = value.strip().lower()
+    try:
+        promised = _NRRD_BYTES[fields["type"]] * math.prod(int(n) for n in fields["sizes"].split())
+    except (KeyError, ValueError):
+        return  # whoever reads it says what is wrong
+    check_expansion(path, promised)
+    if fields.get("encoding") in ("gzip", "gz") and not {"line skip", "lineskip", "byte skip", "byteskip"} & set(
+        fields
+    ):
+        found = inflated_size(path, header_end(path), promised, gzipped=True)
+        if found < promised:
+            raise InputError(
+                f"{path} is cut off: its header promises {promised} bytes of voxels, it holds {found}; copy or "
+                "download it again"
+            )
 
 
 def _check_meta_image(path: Path) -> None:
@@ -153,31 +183,12 @@ def _check_meta_image(path: Path) -> None:
             "download it again"
         )
     promised = element * channels * math.prod(lengths)
+    check_expansion(path, promised)
     found = path.stat().st_size - position
     if fields.get("CompressedData", "False").lower() == "true":
-        found = _inflated_size(path, position, promised)
+        found = inflated_size(path, position, promised)
     if found < promised:
         raise InputError(
             f"{path} is cut off: its header promises {promised} bytes of voxels, it holds {found}; "
             "copy or download it again"
         )
-
-
-def _inflated_size(path: Path, position: int, promised: int) -> int:
-    """Inflate a file's voxels to their checksum, in bounded memory, and return their size."""
-    inflater = zlib.decompressobj()
-    size = 0
-    try:
-        with path.open("rb") as handle:
-            handle.seek(position)
-            while chunk := inflater.unconsumed_tail or handle.read(1 << 20):
-                size += len(inflater.decompress(chunk, 1 << 22))
-                if inflater.eof or size > promised:
-                    break
-    except zlib.error as error:
-        raise InputError(f"{path} is damaged or cut off ({error}); copy or download it again") from None
-    if not inflater.eof:
-        raise InputError(
-            f"{path} is damaged or cut off: {size} bytes of voxels, promised are {promised}; copy or download it again"
-        )
-    return size

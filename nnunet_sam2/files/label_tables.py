@@ -6,11 +6,9 @@ Workbench and AFNI and plain ones in NIfTI extensions, and ITK-SNAP's label desc
 
 from __future__ import annotations
 
-import json
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -19,27 +17,15 @@ import numpy as np
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.gzipped import open_stream
+from nnunet_sam2.files.table_text import BrokenTableError, Segment, itksnap_segments, text_segments
 
 SEGMENT_ENDING = ".seg.nrrd"
 LONGEST_HEADER = 1 << 22
 """Bytes of a text header or of NIfTI extensions; a hundred segments with their terminology take 64 kB."""
 
 _SEGMENT = re.compile(r"(Segment\d+)_(Name|LabelValue|Layer)\s*(?::=|=)\s*(.*?)\s*")
-_ITKSNAP = re.compile(r'\s*(\d+)\s+\d+\s+\d+\s+\d+\s+[\d.eE+-]+\s+[01]\s+[01]\s+"(.*)"\s*')
-_CARET = re.compile(r'<Label\b[^>]*\bKey="(-?\d+)"[^>]*>(?:<!\[CDATA\[)?(.*?)(?:\]\]>)?</Label>', re.DOTALL)
-_AFNI = re.compile(r'atr_name="VALUE_LABEL_DTABLE".*?>(.*?)</AFNI_atr>', re.DOTALL)
-_AFNI_PAIR = re.compile(r'"(\d+)"\s+"([^"]*)"')
-_DEFAULT_NAME = re.compile(r"Label (\d+)")
+_SEGMENT_OTHER = re.compile(r"Segment\d+")
 _BACKGROUND = {"background", "clearlabel", "unknown", "???"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Segment:
-    """Name what one value of a label file, or of one layer of it, stands for."""
-
-    name: str
-    value: int
-    layer: int = 0
 
 
 def read_label_table(path: Path) -> tuple[Segment, ...]:
@@ -54,6 +40,8 @@ def read_label_table(path: Path) -> tuple[Segment, ...]:
             found = _segments(path)
         elif name.endswith((".nii", ".nii.gz")):
             found = _from_extensions(path)
+    except BrokenTableError as error:
+        raise InputError(f"{path} has a damaged label table: {error}; save it again, or without a table") from None
     except (EOFError, OSError, zlib.error):
         return ()  # damaged: whoever reads the voxels says so
     found = found or _beside(path)
@@ -177,14 +165,22 @@ def _segments(path: Path) -> tuple[Segment, ...]:
     fields: dict[str, dict[str, str]] = {}
     for line in header_lines(path):
         if match := _SEGMENT.fullmatch(line):
-            fields.setdefault(match[1], {})[match[2]] = match[3].replace("\\n", " ")
+            told = fields.setdefault(match[1], {})
+            if match[2] in told:
+                raise BrokenTableError(f"{match[1]}_{match[2]} is there twice")
+            told[match[2]] = match[3].replace("\\n", " ")
+        elif match := _SEGMENT_OTHER.match(line):
+            fields.setdefault(match[0], {})
+    # Slicer before 4.11 wrote one binary layer a segment and no values.
+    old = not any("LabelValue" in told for told in fields.values())
+    layered = any("Layer" in told for told in fields.values())
     segments = []
     for rank, (segment, told) in enumerate(fields.items(), 1):
         if "Name" not in told:
-            continue
+            raise BrokenTableError(f"{segment} has no name")
+        if (not old and "LabelValue" not in told) or (layered and "Layer" not in told):
+            raise BrokenTableError(f"{segment} lacks the value or the layer that others have")
         try:
-            # Slicer before 4.11 wrote one binary layer a segment and no values.
-            old = "LabelValue" not in told
             value = 1 if old else int(told["LabelValue"])
             layer = rank - 1 if old and "Layer" not in told else int(told.get("Layer", "0"))
         except ValueError:
@@ -195,6 +191,15 @@ def _segments(path: Path) -> tuple[Segment, ...]:
 
 def header_lines(path: Path) -> list[str]:
     """Return the lines of a text header, that of an NRRD or MetaImage file; raise `InputError` where it has no end."""
+    return _text_header(path)[0]
+
+
+def header_end(path: Path) -> int:
+    """Return the byte that follows a text header."""
+    return _text_header(path)[1]
+
+
+def _text_header(path: Path) -> tuple[list[str], int]:
     lines: list[str] = []
     seen = 0
     with path.open("rb") as handle:
@@ -203,10 +208,10 @@ def header_lines(path: Path) -> list[str]:
             seen += len(raw)
             line = raw.decode("utf-8", "replace").rstrip("\r\n")
             if not raw or not line:
-                return lines
+                return lines, seen
             lines += line.split("\r")
             if line.replace(" ", "").startswith("ElementDataFile="):
-                return lines
+                return lines, seen
     raise InputError(f"{path} is named like an image but its header has no end; get the file again")
 
 
@@ -224,48 +229,10 @@ def _from_extensions(path: Path) -> tuple[Segment, ...]:
     while position + 8 <= len(raw):
         size = int.from_bytes(raw[position : position + 4], order)
         if size < 8 or position + size > len(raw):
-            break
-        found += _from_text(raw[position + 8 : position + size].rstrip(b"\0").decode("utf-8", "replace"))
+            raise BrokenTableError(f"a header extension of {size} bytes does not end before the voxels")
+        found += text_segments(raw[position + 8 : position + size].rstrip(b"\0").decode("utf-8", "replace"))
         position += size
     return tuple(found)
-
-
-def _from_text(text: str) -> list[Segment]:
-    """Find a table in an extension's text: XML of Workbench or AFNI, JSON, or ITK-SNAP's lines."""
-    pairs: list[tuple[str, str]] = []
-    if "<LabelTable" in text:
-        pairs = _CARET.findall(text)
-    elif match := _AFNI.search(text):
-        pairs = _AFNI_PAIR.findall(match[1].replace("&quot;", '"'))
-    elif text.lstrip().startswith("{"):
-        pairs = _from_json(text)
-    if pairs:
-        return [Segment(name=name.strip(), value=int(value)) for value, name in pairs]
-    return _itksnap(text)
-
-
-def _from_json(text: str) -> list[tuple[str, str]]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return []
-    table = value.get("labels", value) if isinstance(value, dict) else None
-    if not isinstance(table, dict) or not table:
-        return []
-    if all(isinstance(v, str) and str(k).isdecimal() for k, v in table.items()):
-        return list(table.items())
-    if all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in table.values()):
-        return [(str(v), name) for name, v in table.items()]
-    return []
-
-
-def _itksnap(text: str) -> list[Segment]:
-    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    matches = [_ITKSNAP.fullmatch(line) for line in lines]
-    found = [Segment(name=match[2], value=int(match[1])) for match in matches if match]
-    # ITK-SNAP writes "Label 1" to "Label 6" where nobody gave a name: that names nothing.
-    given = [s for s in found if s.value and not ((m := _DEFAULT_NAME.fullmatch(s.name)) and int(m[1]) == s.value)]
-    return [s for s in found if s in given or not s.value] if len(found) == len(lines) and given else []
 
 
 def _beside(path: Path) -> tuple[Segment, ...]:
@@ -290,7 +257,11 @@ def _descriptions(folder: Path, stamp_ns: int) -> tuple[Mapping[Path, tuple[Segm
     for path in sorted((*folder.glob("*.txt"), *folder.glob("*.label"))):
         if not path.is_file() or path.stat().st_size > LONGEST_HEADER:
             continue
-        if found := _itksnap(path.read_bytes().decode("utf-8", "replace")):
+        try:
+            found = itksnap_segments(path.read_bytes().decode("utf-8", "replace"))
+        except BrokenTableError as error:
+            raise InputError(f"{path} is a label description, but {error}; correct it, or move it away") from None
+        if found:
             tables[path] = tuple(found)
     others = {p.name.split(".")[0] for p in folder.iterdir() if p.suffix.lower() not in (".txt", ".label")}
     return tables, others

@@ -17,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.files.expansion import check_expansion
 from nnunet_sam2.files.gzipped import is_gzipped, open_stream
 from nnunet_sam2.files.nifti_placement import UNIT_MM, placement_of
 from nnunet_sam2.files.repairs import ERROR, STRICT, ReadPolicy, Repairs
@@ -186,6 +187,7 @@ def _read_to_the_end(
     promised = offset + voxel_bytes
     if not isinstance(stream, gzip.GzipFile) and path.stat().st_size < promised:
         _refuse_short(path, promised, path.stat().st_size)
+    check_expansion(path, voxel_bytes)
     nan = infinite = 0
     rest = head[offset:]
     position = len(head)

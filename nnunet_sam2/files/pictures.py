@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.checks import check_file, file_ending
+from nnunet_sam2.files.stacks import TIFF_ENDINGS, read_stack
+from nnunet_sam2.files.tiff_layout import check_tiff
+
+_T = TypeVar("_T")
 
 _ORIENTATION = 0x0112
 """EXIF's tag of the turn, 1 for none."""
 _PALETTE = 3
 """TIFF's photometric interpretation of a palette."""
-_TIFF_ENDINGS = (".tif", ".tiff")
+_LOSSLESS = (1, 5, 8, 32773, 32946)
+"""TIFF's compressions that each reader has and that keep every value: none, LZW, deflate, PackBits."""
 
 
 def read_picture(path: Path, *, indices: bool = False) -> np.ndarray:
@@ -27,19 +32,8 @@ def read_picture(path: Path, *, indices: bool = False) -> np.ndarray:
     A palette's colours are the values of an image, its ``indices`` those of a label map. An alpha channel is dropped
     where it is opaque and refused otherwise.
     """
-    check_file(path)
-    complaints: list[str] = []
-    try:
-        with _listening(complaints):
-            array = (_read_tiff if file_ending(path) in _TIFF_ENDINGS else _read_other)(path, indices)
-    except InputError:
-        raise
-    except Exception as error:  # readers raise many kinds for a damaged file
-        told = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} cannot be read as a picture ({told}); get the file again") from None
-    if complaints:
-        # It gives pixels all the same, and often others than the next reader does.
-        raise InputError(f"{path} is damaged: its reader complains ({complaints[0]}); get the file again")
+    reader = _read_tiff if file_ending(path) in TIFF_ENDINGS else _read_other
+    array: np.ndarray = _heard(path, lambda: reader(path, indices))
     if array.ndim == 2:
         return array[None]
     if array.ndim != 3:
@@ -59,11 +53,36 @@ def read_picture(path: Path, *, indices: bool = False) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(array, -1, 0))
 
 
+def read_tiff_stack(path: Path, *, indices: bool) -> tuple[np.ndarray, tuple[float, float, float]] | None:
+    """Read a TIFF file of several pages as `files.stacks.read_stack` does, refused where its reader complains."""
+    if file_ending(path) not in TIFF_ENDINGS:
+        return None
+    return _heard(path, lambda: read_stack(path, indices=indices))
+
+
+def _heard(path: Path, read: Callable[[], _T]) -> _T:
+    """Read a picture and refuse it where its reader fails or complains."""
+    check_file(path)
+    complaints: list[str] = []
+    try:
+        with _listening(complaints):
+            found = read()
+    except InputError:
+        raise
+    except Exception as error:  # readers raise many kinds for a damaged file
+        told = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} cannot be read as a picture ({told}); get the file again") from None
+    if complaints:
+        # It gives pixels all the same, and often others than the next reader does.
+        raise InputError(f"{path} is damaged: its reader complains ({complaints[0]}); get the file again")
+    return found
+
+
 def write_picture(path: Path, array_chw: np.ndarray) -> None:
     """Write (C, H, W), C 1 or 3, as PNG (8 bit, or 16 bit grey) or TIFF (any of nnU-Net's); same bytes each time."""
     array = array_chw[0] if array_chw.shape[0] == 1 else np.ascontiguousarray(np.moveaxis(array_chw, 0, -1))
     ending = file_ending(path)
-    if ending in _TIFF_ENDINGS:
+    if ending in TIFF_ENDINGS:
         import tifffile
 
         kind: dict[str, Any] = {"photometric": "rgb" if array.ndim == 3 else "minisblack"}
@@ -123,21 +142,49 @@ class _Collector(logging.Handler):
 def _read_tiff(path: Path, indices: bool) -> np.ndarray:
     import tifffile
 
+    pages = check_tiff(path)
     with tifffile.TiffFile(path) as file:
-        if len(file.pages) > 1:
-            raise InputError(
-                f"{path} has {len(file.pages)} pages; a stack has no voxel size, convert it to .nii.gz first"
-            )
         page = file.pages[0]
+        if pages > 1:
+            raise InputError(f"{path} has {pages} pages; a picture has one")
         array = page.asarray()
+        _ask_a_second_reader(path, page, array)
         photometric = getattr(page, "photometric", None)
         if photometric is not None and int(photometric) == _PALETTE and not indices:
             raise InputError(f"{path} holds the numbers of a palette, no intensities; save it as grey or RGB")
         if array.ndim == 3 and getattr(page, "planarconfig", 1) == 2:
             array = np.moveaxis(array, 0, -1)
-        if photometric is not None and int(photometric) == 0 and np.issubdtype(array.dtype, np.unsignedinteger):
+        if photometric is not None and int(photometric) == 0 and array.dtype != bool:
+            if array.dtype != np.uint8:
+                raise InputError(
+                    f"{path} counts its greys from white, which programs read in two ways beyond 8 bits; save it with "
+                    "0 as black"
+                )
             array = np.iinfo(array.dtype).max - array  # 0 is white in this file
         return np.asarray(array)
+
+
+def _ask_a_second_reader(path: Path, page: Any, array: np.ndarray) -> None:
+    """Refuse a file that Pillow reads otherwise; what it cannot read, and what decoders round, is not asked for."""
+    from PIL import Image, UnidentifiedImageError, features
+
+    lossless = page.compression in _LOSSLESS and (page.compression == 1 or features.check("libtiff"))
+    kept = page.bitspersample == 8 or (page.samplesperpixel == 1 and page.bitspersample in (16, 32))
+    if not lossless or not kept or page.photometric not in (1, 2, 3):
+        return
+    try:
+        opened = Image.open(path)
+    except UnidentifiedImageError:
+        return
+    with opened as image:
+        other = np.asarray(image)
+    if page.planarconfig == 2 and array.ndim == 3:
+        array = np.moveaxis(array, 0, -1)
+    same = other.shape == array.shape and np.array_equal(
+        other.astype(array.dtype), array, equal_nan=array.dtype.kind == "f"
+    )
+    if not same:
+        raise InputError(f"{path} is damaged: two readers find other pixels in it; get the file again, or save it anew")
 
 
 def _read_other(path: Path, indices: bool) -> np.ndarray:

@@ -24,6 +24,9 @@ class ReadPolicy:
     form: str | None = None
     """Which of a NIfTI file's two placements to believe where they contradict each other: ``sform`` or ``qform``."""
 
+    one_hot: bool = False
+    """Merge a label's volumes of 0 and 1, one a class, into one label map."""
+
     def __post_init__(self) -> None:
         if self.nonfinite not in NONFINITE_CHOICES:
             raise InputError(f"--nan {self.nonfinite}: choose one of {', '.join(NONFINITE_CHOICES)}")
@@ -51,6 +54,8 @@ class Repairs:
     renamed_voxels: int = 0
     """Label voxels whose value was taken from the name that the file's own label table gives theirs."""
     renamed: str | None = None
+    one_hot: str | None = None
+    """Which of a label's volumes became which value."""
 
     def __bool__(self) -> bool:
         return self != Repairs()
@@ -78,6 +83,8 @@ class Repairs:
             )
         if self.rounded_voxels:
             lines.append(f"{where}: {self.rounded_voxels} label voxels were rounded to the whole number beside them")
+        if self.one_hot is not None:
+            lines.append(f"{where}: its volumes were merged into one label map (--one-hot: {self.one_hot})")
         if self.renamed is not None:
             lines.append(
                 f"{where}: {self.renamed_voxels} label voxels were mapped by the names in its label table "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,8 @@ def image_files(folder: Path) -> dict[str, Path]:
     for path in sorted(folder.iterdir()):
         if not is_image_file(path):
             continue
-        stem = strip_ending(path)
+        # macOS spells an accent as a letter of its own: one name to the eye, two to a computer.
+        stem = unicodedata.normalize("NFC", strip_ending(path))
         if stem.lower() in folded:
             raise InputError(
                 f"{folded[stem.lower()]} and {path.name} both name case {stem}; keep one, or rename the other"
@@ -75,5 +77,8 @@ def match_labels(case_ids: Iterable[str], labels: Mapping[str, Path], where: Pat
         hint = ""
         if re.fullmatch(r".+_0000", stray[0]) and stray[0][:-5] in ids:
             hint = "; label files carry no channel suffix, drop the _0000"
+        other = next((i for i in sorted(ids) if re.fullmatch(re.escape(stray[0]) + r"[^_\w]?\d{4}", i)), None)
+        if other is not None:
+            hint = f"; there is {other}: a channel wants _0000 at the end of its name, as in {stray[0]}_0000"
         raise InputError(f"{labels[stray[0]]} has no image of the same name in {where}{hint or '; add or remove one'}")
     return {case_id: labels[case_id] for case_id in sorted(ids & set(labels))}
