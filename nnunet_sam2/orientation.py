@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 
@@ -15,6 +14,9 @@ _ENDS = (("R", "L"), ("A", "P"), ("I", "S"))
 """Names of the two ends of the patient's axes x, y, z, in which values grow to the left, to the back and upwards."""
 
 _ORDERS = np.array(list(permutations(range(3))))
+_NAMED = 3
+"""Cases that are named of each orientation."""
+
 _DECIMALS = 6
 """Direction cosines are compared to so many decimals: headers that differ in rounding alone are the same."""
 
@@ -139,17 +141,26 @@ def common_direction(geometries: Iterable[Geometry]) -> tuple[float, ...]:
     return known[int(np.argmax(scores))]
 
 
-def orientation_note(geometries: Iterable[Geometry], direction: Sequence[float]) -> str | None:
-    """Say how files are stored where not all are turned alike to come next to ``direction``, else None."""
-    known = list(geometries)
-    if len({turn_to(geometry, direction) for geometry in known}) < 2:
+def orientation_note(geometries: Mapping[str, Geometry], direction: Sequence[float]) -> str | None:
+    """Say how files, by case, are stored where not all are turned alike to come next to ``direction``, else None.
+
+    The cases of the most frequent orientation are counted, those of the others named.
+    """
+    if len({turn_to(geometry, direction) for geometry in geometries.values()}) < 2:
         return None
-    counts = Counter(axis_code(geometry.direction) for geometry in known)
-    stored = ", ".join(f"{code} {counts[code]}" for code in sorted(counts, key=lambda code: (-counts[code], code)))
+    cases: dict[str, list[str]] = {}
+    for case_id, geometry in geometries.items():
+        cases.setdefault(axis_code(geometry.direction), []).append(case_id)
+    most, *others = sorted(cases, key=lambda code: (-len(cases[code]), code))
+    named = [f"{code} {len(cases[code])}: {_some(sorted(cases[code]))}" for code in others]
     return (
-        f"the images are stored in several orientations ({stored}); all are looked at in one, as their headers say, "
-        "and every label is written as its image is stored"
+        f"the images are stored in several orientations ({'; '.join([f'{most} {len(cases[most])}', *named])}); all are "
+        "looked at in one, as their headers say, and every label is written as its image is stored"
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
 
 
 def _relative(direction: Sequence[float], reference: Sequence[float]) -> np.ndarray:

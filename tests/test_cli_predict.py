@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from anisotropic_data import Dataset
 
 from nnunet_sam2.cli.main import main
-from nnunet_sam2.cli.predict import chosen_model, find_cases
+from nnunet_sam2.cli.predict import _tell_orientation, chosen_model, find_cases
 from nnunet_sam2.cohort.cohort import Cohort
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.checks import VOLUME_ENDINGS
@@ -138,3 +139,15 @@ def test_predict_and_export_work_from_the_command_line(
     assert (tmp_path / "model" / "fold_0" / "checkpoint_final.pth").is_file()
     assert main(["predict", "-d", "502", "-i", images, "-o", images]) == 2
     assert "is the folder of the images" in capsys.readouterr().err
+
+
+def test_images_that_are_stored_as_no_case_of_the_model_is_are_told_of(
+    tiny_dataset: DatasetFolders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cohort = Cohort.load(tiny_dataset.raw)
+    own = cohort.cases[0].geometry
+    turned = replace(own, direction=tuple(-one for one in own.direction))
+    _tell_orientation(cohort, {"a": own})
+    assert capsys.readouterr().out == ""
+    _tell_orientation(cohort, {"a": own, "b": turned})
+    assert "1 of 2 images are stored in an orientation that no case of" in capsys.readouterr().out

@@ -13,6 +13,8 @@ import pytest
 from nnunet_sam2.cli.main import main
 from nnunet_sam2.cohort.cohort import Case, Cohort
 from nnunet_sam2.cohort.convert import ConvertOptions, convert
+from nnunet_sam2.doctor.dataset import check_orientation
+from nnunet_sam2.doctor.finding import Level
 from nnunet_sam2.folders import new_dataset_folders
 from nnunet_sam2.frames import Frames
 from nnunet_sam2.geometry import Geometry, choose_slice_axis
@@ -100,7 +102,7 @@ def test_planes_that_are_oblique_in_every_patient_show_the_same_plane() -> None:
     back = [turn_to(geometry, direction).geometry(geometry) for geometry in oblique]
     again = [turn_to(geometry, direction).geometry(geometry) for geometry in stored]
     assert all(a.mismatch(b) is None for a, b in zip(back, again, strict=True))
-    assert orientation_note(oblique, direction) is None
+    assert orientation_note({str(n): geometry for n, geometry in enumerate(oblique)}, direction) is None
 
 
 def test_a_single_slice_is_shown_whole_however_it_is_stored() -> None:
@@ -246,7 +248,7 @@ def test_convert_and_label_tell_of_several_orientations(
     names = sorted(path.name.split(".")[0] for path in (generated_folder / "images").iterdir())
     _write(fresh_roots / "source", generated_folder, {names[-1]: STORED[0]})
     assert main(["convert", str(fresh_roots / "source"), "-d", "522", "-n", "Mixed"]) == 0
-    told = f"note: the images are stored in several orientations (LPS {len(names) - 1}, RAS 1)"
+    told = f"note: the images are stored in several orientations (LPS {len(names) - 1}; RAS 1: {names[-1]})"
     assert capsys.readouterr().out.count(told) == 1
     model = ["--sam2", "untrained", "--image-size", "64", "--device", "cpu", "--threads", "1", "--quality", "off"]
     assert main(["label", "-d", "522", *model, "--strategy", "transfer", "--set", "decoder=off"]) == 0
@@ -293,8 +295,10 @@ def test_several_orientations_are_told_in_one_line_with_their_counts(
     assert told_orientations(plain) is None
     told = told_orientations(mixed)
     assert told is not None
-    assert f"LPS {len(mixed.cases) - len(turn_of)}, " in told
-    assert "RAS 1" in told
+    assert f"LPS {len(mixed.cases) - len(turn_of)}; " in told
+    assert "RAS 1: " in told
+    assert check_orientation(mixed).level is Level.WARN
+    assert check_orientation(plain).level is Level.OK
 
 
 def test_frames_of_the_usual_order_are_those_of_the_file(

@@ -19,6 +19,7 @@ from nnunet_sam2.submission import UNFILTERED
 
 if TYPE_CHECKING:
     from nnunet_sam2.cohort.cohort import Cohort
+    from nnunet_sam2.geometry import Geometry
     from nnunet_sam2.rounds.new_images import BothSources
     from nnunet_sam2.rounds.state import RunState
 
@@ -95,8 +96,10 @@ def run(args: argparse.Namespace) -> int:
     )
     say(f"{len(cases)} cases with {chosen.configuration}, {chosen.described_folds}")
     # nnU-Net's reader takes a file that is cut off for a whole one, and NaN for 0.
-    for path in track([path for files in cases.values() for path in files], what="checking"):
-        read_stored(path)
+    stored: dict[str, Geometry] = {}
+    for case_id, path in track([(c, path) for c, paths in cases.items() for path in paths], what="checking"):
+        stored[case_id] = read_stored(path)[1]
+    _tell_orientation(cohort, stored)
     device = args.device if args.device != "auto" else _best_device()
     both = _both_sources(args, folders, chosen.run, device) if args.with_sam2 else None
     student = args.out / "student" if both else args.out
@@ -125,6 +128,22 @@ def run(args: argparse.Namespace) -> int:
         _tell_quality(both.label(cases, args.out, save_probabilities=args.save_probabilities), args.out)
     say(f"label maps: {args.out}")
     return 0
+
+
+def _tell_orientation(cohort: Cohort, stored: Mapping[str, Geometry]) -> None:
+    """Say which new images are stored in an orientation that the model's own cases are not."""
+    from nnunet_sam2.orientation import axis_code
+    from nnunet_sam2.progress import say
+
+    known = {axis_code(case.geometry.direction) for case in cohort.cases}
+    other = {case_id: code for case_id, g in stored.items() if (code := axis_code(g.direction)) not in known}
+    if other:
+        first = next(iter(other))
+        say(
+            f"note: {len(other)} of {len(stored)} images are stored in an orientation that no case of {cohort.name} "
+            f"has ({first}: {other[first]}, known: {', '.join(sorted(known))}); nnU-Net sees voxels as they are "
+            "stored, so store them alike"
+        )
 
 
 def _keep_largest(cohort: Cohort, out: Path, cases: Iterable[str]) -> None:

@@ -371,7 +371,7 @@ def _advice(
         notes.append(f"{len(stacks)} TIFF stacks are read with ImageJ's voxel size ({stacks[0].case_id}: {size} mm)")
     geometries = {case.case_id: case.geometry for case in checked}
     labelled = [geometries[c] for c in geometries if assignment.role_of[c] is Role.LABELLED]
-    if stored := orientation_note(geometries.values(), common_direction(labelled)):
+    if stored := orientation_note(geometries, common_direction(labelled)):
         notes.append(stored)
     air = sorted(case.case_id for case in checked if case.lowest <= _AIR)
     if len(air) == len(checked) and CT not in map(str.casefold, channels):

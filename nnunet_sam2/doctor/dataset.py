@@ -17,6 +17,7 @@ from nnunet_sam2.rounds.ledger import LEDGER_FILE, artefact, read_events
 from nnunet_sam2.rounds.nnunet import plans_path, read_plans
 from nnunet_sam2.rounds.state import find_runs
 from nnunet_sam2.storage import file_hash
+from nnunet_sam2.support.showing import told_orientations
 from nnunet_sam2.volumes import read_label_as, read_volume
 from nnunet_sam2.voxel_hashes import voxel_hash
 
@@ -36,11 +37,21 @@ def check_dataset(folders: DatasetFolders) -> Iterator[Finding]:
         yield ok("cohort", f"{cohort.name}: {count}")
     else:
         yield fail("cohort", f"{cohort.name}: {count}", "a run needs labelled and unlabelled cases: convert with both")
+    yield check_orientation(cohort)
     yield check_images(cohort)
     yield check_labels(cohort)
     yield check_plans(folders)
     for run in find_runs(folders):
         yield check_run(run)
+
+
+def check_orientation(cohort: Cohort) -> Finding:
+    """Say how the images are stored, for nnU-Net sees them as they are."""
+    told = told_orientations(cohort)
+    if told is None:
+        return ok("orientation", "all images are stored alike")
+    mend = "none is needed for labels; nnU-Net itself learns all orientations as they are, store them alike for fewer"
+    return warn("orientation", told, mend)
 
 
 def check_images(cohort: Cohort) -> Finding:
