@@ -77,7 +77,7 @@ def test_keys_accept_reject_and_take_out_and_lead_from_what_is_open_to_what_is_o
     assert not _stands(client.run)
     _press(opened, "r")
     _until(lambda: list(_stands(client.run).get("subject_004", CaseDecisions()).rejected) == [2])
-    assert "reject" in opened.execute_script("return document.getElementById('passing').innerText")
+    _until(lambda: "reject" in opened.execute_script("return document.getElementById('passing')?.innerText ?? ''"))
     _until(lambda: _marked(opened) == 1)
     _press(opened, "a")
     _until(lambda: list(_stands(client.run)["subject_004"].accepted) == [1])
