@@ -27,7 +27,7 @@ function drawSlice(canvas, pictures, n, { show, hidden, width, height, line, loo
   canvas.width = width;
   canvas.height = height;
   const { rows, cols, header, bitmap, planes } = pictures;
-  const context = canvas.getContext("2d");
+  const context = canvas.getContext("2d", { willReadFrequently: true });
   context.imageSmoothingQuality = "high";
   const left = (n % header.across) * cols, top = Math.floor(n / header.across) * rows;
   const { zoom } = look;
