@@ -267,3 +267,37 @@ def test_a_thousand_cases_stay_small_and_open_at_once(
     browser.find_element("css selector", "th[data-sort=id] button").click()
     assert rows(browser)[0] == "case_0999"
     assert complaints(browser) == []
+
+
+def test_print_shows_the_chosen_case_once_whatever_was_opened(opened: Any) -> None:
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        resize(opened, 720, 1000)  # a sheet is no wider
+        style = "const s = getComputedStyle(document.getElementById('viewer')); return [s.position, s.display]"
+        assert opened.execute_script(style) == ["static", "block"]
+        assert opened.execute_script("return getComputedStyle(document.body).overflow") == "visible"
+    finally:
+        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+def test_digits_and_the_address_bring_a_case_into_view(opened: Any) -> None:
+    inside = "const r = document.getElementById('stage').getBoundingClientRect(); return r.top >= 0 && r.bottom <= innerHeight"  # noqa: E501
+    opened.execute_script("window.scrollTo(0, 0)")
+    press(opened, "3")
+    wait(opened, "return document.getElementById('case-name').textContent === 'case_c'")
+    assert opened.execute_script(inside) is True
+    opened.execute_script("window.scrollTo(0, 0); location.hash = '#case=case_a'")
+    wait(opened, "return document.getElementById('case-name').textContent === 'case_a'")
+    assert opened.execute_script(inside) is True
+
+
+def test_zoom_and_grey_values_change_the_picture_and_are_reset_by_key(opened: Any) -> None:
+    picture = "return document.getElementById('slice').toDataURL()"
+    wait(opened, "return document.getElementById('slice').width > 100")
+    plain = opened.execute_script(picture)
+    for key in ("+", "[", "{"):
+        press(opened, key)
+        changed = opened.execute_script(picture)
+        assert changed != plain
+        press(opened, "0")
+        assert opened.execute_script(picture) == plain

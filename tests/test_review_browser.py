@@ -48,7 +48,7 @@ def _until(true: Callable[[], Any], *, seconds: float = 20.0) -> None:
 
 def _show_word(browser: Any) -> None:
     """Bring the panel of decisions into view: keys decide about nothing else."""
-    browser.execute_script("document.getElementById('word').scrollIntoView({ block: 'center' })")
+    browser.execute_script("window.scrollTo(0, 0)")
 
 
 def _press(browser: Any, key: str) -> None:
@@ -69,7 +69,7 @@ def test_keys_accept_reject_and_take_out_and_lead_from_what_is_open_to_what_is_o
     assert opened.execute_script(NAME) == "subject_004"
     assert "every labelled case shows it" in opened.execute_script("return document.getElementById('word').innerText")
     assert _marked(opened) == 2
-    opened.execute_script("window.scrollTo(0, 0)")
+    opened.execute_script("window.scrollTo(0, document.body.scrollHeight)")
     _press(opened, "r")  # not in view: it is shown, and nothing is decided
     _until(
         lambda: "nothing was decided" in opened.execute_script("return document.getElementById('trouble').innerText")
@@ -77,7 +77,7 @@ def test_keys_accept_reject_and_take_out_and_lead_from_what_is_open_to_what_is_o
     assert not _stands(client.run)
     _press(opened, "r")
     _until(lambda: list(_stands(client.run).get("subject_004", CaseDecisions()).rejected) == [2])
-    assert "reject" in opened.execute_script("return document.getElementById('passing').innerText")
+    _until(lambda: "reject" in opened.execute_script("return document.getElementById('passing')?.innerText ?? ''"))
     _until(lambda: _marked(opened) == 1)
     _press(opened, "a")
     _until(lambda: list(_stands(client.run)["subject_004"].accepted) == [1])

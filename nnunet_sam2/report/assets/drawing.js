@@ -7,18 +7,33 @@ const CHANGED = [255, 221, 87];
 
 const brightOf = (index) => BRIGHT[(index - 1) % BRIGHT.length];
 
+/** How a slice is looked at: enlarged about a point (shares of width and height), and its level and window in grey values. */
+const PLAIN = { zoom: 1, x: 0.5, y: 0.5, level: 127.5, window: 255 };
+
+/** Spread the grey values of the window over black to white. */
+function rewindow(context, width, height, { level, window }) {
+  if (level === PLAIN.level && window === PLAIN.window) return;
+  const table = Uint8ClampedArray.from({ length: 256 }, (_, grey) => 255 * ((grey - level) / window + 0.5));
+  const image = context.getImageData(0, 0, width, height);
+  for (let i = 0; i < image.data.length; i++) if (i % 4 !== 3) image.data[i] = table[image.data[i]];
+  context.putImageData(image, 0, 0);
+}
+
 /**
  * Draw slice n of a case on a canvas, width x height in device pixels.
  * show: which of first, last, human, confidence, changed; hidden: set of class indices that are not drawn.
  */
-function drawSlice(canvas, pictures, n, { show, hidden, width, height, line }) {
+function drawSlice(canvas, pictures, n, { show, hidden, width, height, line, look = PLAIN }) {
   canvas.width = width;
   canvas.height = height;
   const { rows, cols, header, bitmap, planes } = pictures;
-  const context = canvas.getContext("2d");
+  const context = canvas.getContext("2d", { willReadFrequently: true });
   context.imageSmoothingQuality = "high";
   const left = (n % header.across) * cols, top = Math.floor(n / header.across) * rows;
+  const { zoom } = look;
+  context.setTransform(zoom, 0, 0, zoom, width * (0.5 - zoom * look.x), height * (0.5 - zoom * look.y));
   context.drawImage(bitmap, left, top, cols, rows, 0, 0, width, height);
+  rewindow(context, width, height, look);
   if (show.confidence && planes.confidence) {
     tint(context, planes.confidence, n, pictures, DOUBT, (level) => 0.62 * (1 - level / CONFIDENCE_LEVELS), width, height);
   }
@@ -32,7 +47,7 @@ function drawSlice(canvas, pictures, n, { show, hidden, width, height, line }) {
   context.save();
   context.scale(width / cols, height / rows);
   const pixel = cols / width;
-  const unit = line * pixel;
+  const unit = (line * pixel) / zoom;
   if (show.first && planes.first) outline(context, planes.first, n, pictures, hidden, { width: unit * 1.1, part: 0.5 });
   if (show.last && planes.last) outline(context, planes.last, n, pictures, hidden, { width: unit * 2 });
   if (show.human && planes.human) outline(context, planes.human, n, pictures, hidden, { width: unit * 1.7, part: 0.3, colour: "#ffffff" });

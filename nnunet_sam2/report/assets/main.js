@@ -33,8 +33,8 @@ document.querySelector("#table tbody").addEventListener("click", (event) => {
 
 for (const button of document.querySelectorAll(".first [data-case]")) {
   button.addEventListener("click", () => {
-    byId("cases").scrollIntoView();
     openCase(Number(button.dataset.case));
+    bringIntoView();
   });
 }
 
@@ -61,10 +61,29 @@ byId("viewer").addEventListener("click", (event) => {
   byId("viewer").querySelector(name ? `[data-toggle="${name}"]` : `[data-class="${index}"]`).focus();
 });
 byId("slice").addEventListener("wheel", (event) => {
-  if (event.ctrlKey) return;
   event.preventDefault();
+  if (event.ctrlKey) return relook(LOOKS[event.deltaY < 0 ? "in" : "out"]);  // so do pinches on a touchpad
   stepSlice(Math.sign(event.deltaY));
 }, { passive: false });
+
+byId("looks").addEventListener("click", (event) => {
+  const button = event.target.closest("[data-look]");
+  if (button && viewer.pictures) relook(LOOKS[button.dataset.look]);
+});
+// A mouse that drags changes level (up, down) and window (left, right); with shift, or the middle button, it moves the picture.
+byId("slice").addEventListener("pointerdown", (event) => {
+  if (event.pointerType === "touch" || event.button > 1 || !viewer.pictures) return;
+  event.preventDefault();
+  byId("slice").focus({ preventScroll: true });
+  byId("slice").setPointerCapture(event.pointerId);
+});
+byId("slice").addEventListener("pointermove", (event) => {
+  if (!byId("slice").hasPointerCapture(event.pointerId) || event.pointerType === "touch") return;
+  const { movementX: dx, movementY: dy } = event;
+  const { clientWidth: width, clientHeight: height } = byId("slice");
+  const move = ({ x, y, zoom }) => ({ x: x - dx / width / zoom, y: y - dy / height / zoom });
+  relook(event.shiftKey || event.buttons === 4 ? move : ({ level, window }) => ({ level: level + dy, window: window + 2 * dx }));
+});
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea")) return;
@@ -72,13 +91,15 @@ document.addEventListener("keydown", (event) => {
   const key = event.shiftKey || event.key.length > 1 ? event.key : event.key.toLowerCase();
   // A person's word is said once, however long its key is held.
   if (event.repeat && key in moreKeys) return;
-  const anywhere = { j: () => stepSlice(1), k: () => stepSlice(-1), n: () => stepCase(1), p: () => stepCase(-1), Escape: closeCase, 3: () => chooseMode("surface"), 2: () => chooseMode("slices") };
+  const anywhere = { j: () => stepSlice(1), k: () => stepSlice(-1), n: () => stepCase(1), p: () => stepCase(-1), Escape: closeCase, v: () => chooseMode(viewer.mode === "surface" ? "slices" : "surface") };
+  for (const [name, look] of [["+", "in"], ["=", "in"], ["-", "out"], ["0", "reset"], ["]", "brighter"], ["[", "darker"], ["}", "narrower"], ["{", "wider"]]) anywhere[name] = () => viewer.pictures && viewer.mode === "slices" && relook(LOOKS[look]);
+  for (let n = 1; n <= 9; n++) anywhere[n] = () => casesInOrder()[n - 1] !== undefined && showCase(casesInOrder()[n - 1]);
   Object.assign(anywhere, moreKeys);
   for (const [name, letter] of TOGGLES) anywhere[letter] = () => viewer.pictures && toggle(name);
   // Arrows belong to the page, but in the viewer.
   const inside = { ArrowUp: () => stepSlice(-1), ArrowDown: () => stepSlice(1), ArrowLeft: () => stepCase(-1), ArrowRight: () => stepCase(1), Home: () => stepSlice(-1e6), End: () => stepSlice(1e6) };
   const action = anywhere[key] || (event.target.closest("#viewer") && inside[key]);
-  if (!action || (viewer.index === null && !["n", "u"].includes(key))) return;
+  if (!action || (viewer.index === null && !["n", "u"].includes(key) && !/^[1-9]$/.test(key))) return;
   event.preventDefault();
   action();
 });
@@ -104,7 +125,9 @@ function openFromAddress() {
     return;
   }
   const index = DATA.cases.findIndex((c) => c.id === id);
-  if (index >= 0 && index !== viewer.index) openCase(index, { focus: false });
+  if (index < 0) return;
+  if (index !== viewer.index) openCase(index, { focus: false });
+  bringIntoView();
 }
 
 addEventListener("hashchange", openFromAddress);

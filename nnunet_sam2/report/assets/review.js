@@ -111,6 +111,9 @@ function drawWord() {
     if (one.value === word.marked) row.setAttribute("aria-current", "true");
     return row;
   }));
+  const list = byId("word-classes"), marked = list.querySelector(".marked");
+  // Inside its own list: the page does not move.
+  if (marked) list.scrollTop = Math.max(0, marked.offsetTop - list.offsetTop - list.clientHeight / 2);
   const out = document.querySelector('#word [data-word="take out"]');
   out.setAttribute("aria-pressed", String(w.taken_out));
   out.firstChild.textContent = w.taken_out ? "Bring the case back " : "Take the case out ";
@@ -134,14 +137,18 @@ function decisionOn(c, decision, classes) {
 }
 
 /** Say something of classes, of the case (no classes), or of the marked class (null). */
-function say(decision, classes) {
+function say(decision, classes, { byKey = false } = {}) {
   const c = DATA.cases[viewer.index];
   if (!c) return;
-  if (!classes || decision === "take out") {
-    const place = byId("word").getBoundingClientRect();
-    if (place.top >= innerHeight - 80 || place.bottom <= 80) {
+  if (byKey) {
+    const place = byId("word").getBoundingClientRect(), picture = byId("stage").getBoundingClientRect();
+    const middle = (picture.top + picture.bottom) / 2;
+    if (c.px && !viewer.pictures) return trouble(`The pictures of ${c.id} are not shown yet; nothing was decided.`);
+    if (place.top < 0 || place.bottom > innerHeight + 1 || middle < 0 || middle > innerHeight) {
       // Nothing is decided about what is not in view: the first press shows it.
-      byId("word").scrollIntoView({ block: "center" });
+      bringIntoView();
+      const now = byId("word").getBoundingClientRect();
+      if (now.top < 0 || now.bottom > innerHeight) byId("word").scrollIntoView({ block: "nearest" });
       return trouble(`${c.id} is in view now; nothing was decided. Press the key again to decide.`);
     }
   }
@@ -181,7 +188,7 @@ function undo() {
   askInTurn("undo", {}, (state) => {
     passing(`taken back: ${state.case}`);
     const index = DATA.cases.findIndex((c) => c.id === state.case);
-    if (index >= 0 && index !== viewer.index) openCase(index);
+    if (index >= 0 && index !== viewer.index) showCase(index);
   });
 }
 
@@ -198,11 +205,11 @@ byId("word").addEventListener("click", (event) => {
 byId("undo").addEventListener("click", undo);
 
 Object.assign(moreKeys, {
-  a: () => say("accept", null),
-  r: () => say("reject", null),
-  A: () => say("accept", everyClass()),
-  R: () => say("reject", everyClass()),
-  x: () => say("take out", []),
+  a: () => say("accept", null, { byKey: true }),
+  r: () => say("reject", null, { byKey: true }),
+  A: () => say("accept", everyClass(), { byKey: true }),
+  R: () => say("reject", everyClass(), { byKey: true }),
+  x: () => say("take out", [], { byKey: true }),
   u: undo,
   ",": () => mark(-1),
   ".": () => mark(1),

@@ -36,7 +36,10 @@ function makeScene(box) {
   renderer.domElement.setAttribute("aria-label", "Surfaces of the labels; drag to turn");
   const controls = new THREE.OrbitControls(camera, renderer.domElement);
   controls.enablePan = false;
-  const draw = () => renderer.render(world, camera);
+  const draw = () => {
+    renderer.render(world, camera);
+    drawCompass(camera);
+  };
   controls.addEventListener("change", draw);
   let framed = null;
 
@@ -102,6 +105,29 @@ function makeScene(box) {
       fit();
     },
   };
+}
+
+/** Draw the patient's sides as they lie before the eye; what points away is faint. */
+function drawCompass(camera) {
+  const canvas = document.getElementById("compass"), context = canvas.getContext("2d");
+  const middle = canvas.width / 2;
+  context.clearRect(0, 0, canvas.width, canvas.height);
+  context.font = "600 24px system-ui, sans-serif";
+  context.textAlign = "center";
+  context.textBaseline = "middle";
+  context.lineWidth = 3;
+  const turned = camera.quaternion.clone().invert();
+  const sides = [["L", 1, 0, 0], ["R", -1, 0, 0], ["S", 0, 1, 0], ["I", 0, -1, 0], ["A", 0, 0, 1], ["P", 0, 0, -1]];
+  const seen = sides.map(([letter, ...at]) => [letter, new THREE.Vector3(...at).applyQuaternion(turned)]);
+  for (const [letter, { x, y, z }] of seen.sort(([, a], [, b]) => a.z - b.z)) {
+    context.globalAlpha = 0.65 + 0.35 * z;
+    context.strokeStyle = context.fillStyle = "#ffffff";
+    context.beginPath();
+    context.moveTo(middle, middle);
+    context.lineTo(middle + 48 * x, middle - 48 * y);
+    context.stroke();
+    context.fillText(letter, middle + 70 * x, middle - 70 * y);
+  }
 }
 
 /** Return a class's share of each cube's neighbourhood: 0 to 1. */

@@ -201,6 +201,7 @@ async function drawThumbs() {
       const [width, height] = sizeWithin(pictures, THUMB, THUMB);
       const show = { last: true, first: !pictures.planes.last };
       drawSlice(canvas, pictures, pictures.fullest, { show, hidden: new Set(), width, height, line: 1 });
+      canvas.classList.add("drawn");
     } catch {
       canvas.classList.add("broken");
     }

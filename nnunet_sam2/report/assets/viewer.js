@@ -4,6 +4,7 @@ const viewer = {
   index: null, pictures: null, slice: 0, mode: "slices",
   show: { first: true, last: true, human: true, confidence: false, changed: false },
   hidden: new Set(),
+  look: { ...PLAIN },
 };
 
 const TOGGLES = [
@@ -18,6 +19,47 @@ const TOGGLES = [
 const onOpen = [], moreKeys = {};
 
 const byId = (id) => document.getElementById(id);
+
+/** Bring the open case to where it is seen, if it is not. */
+function bringIntoView() {
+  const box = byId("stage").getBoundingClientRect();
+  const last = (REVIEW && !byId("word").hidden ? byId("word") : byId("stage")).getBoundingClientRect();
+  if (box.top < 0 || last.bottom > innerHeight) {
+    byId("viewer").scrollTop = 0;
+    document.querySelector(".cases").scrollIntoView({ block: "start" });
+  }
+}
+
+/** Return the height for a picture under which the panel of decisions still fits, in a review; else a share of the window. */
+function stageHeight() {
+  const rest = byId("word") && !byId("word").hidden ? byId("word") : null;
+  if (!rest) return Math.max(240, Math.min(innerHeight * 0.58, 640));
+  const box = byId("stage").getBoundingClientRect();
+  const above = box.top - byId("viewer").getBoundingClientRect().top + byId("viewer").scrollTop;
+  const below = rest.getBoundingClientRect().bottom - box.bottom;
+  const start = wide.matches ? document.querySelector(".cases").getBoundingClientRect().top + scrollY : 0;
+  // Far down on the page the viewer is brought to the window's top.
+  return Math.max(200, Math.min(innerHeight - (start < innerHeight / 3 ? start : 12) - above - below - 12, 760));
+}
+
+/** Zoom, level and window by steps. */
+function relook(change) {
+  const look = viewer.look;
+  Object.assign(look, change(look));
+  look.zoom = Math.max(1, Math.min(12, look.zoom));
+  look.window = Math.max(8, Math.min(1020, look.window));
+  look.level = Math.max(-127, Math.min(382, look.level));
+  const edge = 0.5 / look.zoom;
+  look.x = Math.max(edge, Math.min(1 - edge, look.x));
+  look.y = Math.max(edge, Math.min(1 - edge, look.y));
+  drawStage();
+}
+
+const LOOKS = {
+  in: ({ zoom }) => ({ zoom: zoom * 1.25 }), out: ({ zoom }) => ({ zoom: zoom / 1.25 }), reset: () => PLAIN,
+  darker: ({ level }) => ({ level: level + 12 }), brighter: ({ level }) => ({ level: level - 12 }),
+  narrower: ({ window }) => ({ window: window / 1.15 }), wider: ({ window }) => ({ window: window * 1.15 }),
+};
 
 async function openCase(index, { focus = true } = {}) {
   const c = DATA.cases[index];
@@ -41,6 +83,7 @@ async function openCase(index, { focus = true } = {}) {
     if (viewer.index !== index) return;
     viewer.pictures = pictures;
     viewer.slice = pictures.fullest;
+    viewer.look = { ...PLAIN };
     byId("slider").max = byId("slice").ariaValueMax = pictures.count - 1;
     byId("slider").disabled = pictures.count < 2;
     byId("case-note").textContent = noteOf(pictures);
@@ -153,7 +196,8 @@ function chooseMode(mode) {
 function drawCase() {
   const surface = viewer.mode === "surface";
   byId("slice").hidden = byId("slider").hidden = byId("slice-name").hidden = surface;
-  byId("surface").hidden = !surface;
+  byId("surface").hidden = byId("compass").hidden = !surface;
+  byId("looks").hidden = surface;
   showMessage("");
   setSides(surface ? null : viewer.pictures.header.letters);
   if (!surface) return drawStage();
@@ -163,7 +207,7 @@ function drawCase() {
 function drawStage() {
   const { pictures, slice } = viewer;
   if (!pictures || viewer.mode !== "slices") return;
-  const [width, height] = sizeWithin(pictures, byId("stage").clientWidth, Math.max(240, Math.min(innerHeight * (REVIEW ? 0.47 : 0.58), 640)));
+  const [width, height] = sizeWithin(pictures, byId("stage").clientWidth, stageHeight());
   const ratio = Math.min(2, devicePixelRatio || 1);
   const canvas = byId("slice");
   drawSlice(canvas, pictures, slice, { ...viewer, width: Math.round(width * ratio), height: Math.round(height * ratio), line: ratio });
@@ -205,6 +249,7 @@ function stepCase(by) {
 /** Open a case and bring its row into sight. */
 function showCase(index) {
   openCase(index);
+  bringIntoView();
   const row = () => document.querySelector(`#table tr[data-case="${index}"]`);
   while (table.drawn < table.rows.length && !row()) drawRows(MORE_ROWS);
   if (row()) row().scrollIntoView({ block: "nearest" });
