@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 
@@ -15,6 +14,7 @@ _ENDS = (("R", "L"), ("A", "P"), ("I", "S"))
 """Names of the two ends of the patient's axes x, y, z, in which values grow to the left, to the back and upwards."""
 
 _ORDERS = np.array(list(permutations(range(3))))
+_MOST_CODES, _MOST_NAMES = 5, 3
 _DECIMALS = 6
 """Direction cosines are compared to so many decimals: headers that differ in rounding alone are the same."""
 
@@ -139,17 +139,26 @@ def common_direction(geometries: Iterable[Geometry]) -> tuple[float, ...]:
     return known[int(np.argmax(scores))]
 
 
-def orientation_note(geometries: Iterable[Geometry], direction: Sequence[float]) -> str | None:
-    """Say how files are stored where not all are turned alike to come next to ``direction``, else None."""
-    known = list(geometries)
-    if len({turn_to(geometry, direction) for geometry in known}) < 2:
+def orientation_note(geometries: Mapping[str, Geometry], direction: Sequence[float]) -> str | None:
+    """Say how the files of which cases are stored where not all are turned alike next to ``direction``, else None."""
+    if len({turn_to(geometry, direction) for geometry in geometries.values()}) < 2:
         return None
-    counts = Counter(axis_code(geometry.direction) for geometry in known)
-    stored = ", ".join(f"{code} {counts[code]}" for code in sorted(counts, key=lambda code: (-counts[code], code)))
+    cases: dict[str, list[str]] = {}
+    for case_id, geometry in geometries.items():
+        cases.setdefault(axis_code(geometry.direction), []).append(case_id)
+    codes = sorted(cases, key=lambda code: (-len(cases[code]), code))
+    # The many are what is usual; who wants to look will look at the others.
+    few = [f"{code} {len(cases[code])}: {_some(cases[code])}" for code in codes[1:_MOST_CODES]]
+    more = f"; {len(codes) - _MOST_CODES} orientations more" if len(codes) > _MOST_CODES else ""
     return (
-        f"the images are stored in several orientations ({stored}); all are looked at in one, as their headers say, "
-        "and every label is written as its image is stored"
+        f"the images are stored in several orientations ({codes[0]} {len(cases[codes[0]])}; {'; '.join(few)}{more}); "
+        "all are looked at in one, as their headers say, and every label is written as its image is stored"
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(sorted(names)[:_MOST_NAMES])
+    return shown + (f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else "")
 
 
 def _relative(direction: Sequence[float], reference: Sequence[float]) -> np.ndarray:

@@ -100,7 +100,7 @@ def test_planes_that_are_oblique_in_every_patient_show_the_same_plane() -> None:
     back = [turn_to(geometry, direction).geometry(geometry) for geometry in oblique]
     again = [turn_to(geometry, direction).geometry(geometry) for geometry in stored]
     assert all(a.mismatch(b) is None for a, b in zip(back, again, strict=True))
-    assert orientation_note(oblique, direction) is None
+    assert orientation_note({str(n): geometry for n, geometry in enumerate(oblique)}, direction) is None
 
 
 def test_a_single_slice_is_shown_whole_however_it_is_stored() -> None:
@@ -246,7 +246,7 @@ def test_convert_and_label_tell_of_several_orientations(
     names = sorted(path.name.split(".")[0] for path in (generated_folder / "images").iterdir())
     _write(fresh_roots / "source", generated_folder, {names[-1]: STORED[0]})
     assert main(["convert", str(fresh_roots / "source"), "-d", "522", "-n", "Mixed"]) == 0
-    told = f"note: the images are stored in several orientations (LPS {len(names) - 1}, RAS 1)"
+    told = f"note: the images are stored in several orientations (LPS {len(names) - 1}; RAS 1: {names[-1]})"
     assert capsys.readouterr().out.count(told) == 1
     model = ["--sam2", "untrained", "--image-size", "64", "--device", "cpu", "--threads", "1", "--quality", "off"]
     assert main(["label", "-d", "522", *model, "--strategy", "transfer", "--set", "decoder=off"]) == 0

@@ -13,7 +13,7 @@ from nnunet_sam2.cohort.layouts.file_names import add_suffix_argument, cases_of_
 from nnunet_sam2.cohort.layouts.found import image_files
 from nnunet_sam2.cohort.names import checked_case_id
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.files.checks import VOLUME_ENDINGS, file_ending
+from nnunet_sam2.files.checks import VOLUME_ENDINGS, file_ending, readable
 from nnunet_sam2.folders import DatasetFolders, find_dataset
 from nnunet_sam2.submission import UNFILTERED
 
@@ -76,6 +76,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Predict every case of the input folder; what is there already and was made from the same is kept."""
     from nnunet_sam2.cohort.cohort import Cohort
+    from nnunet_sam2.orientation import common_direction, orientation_note
     from nnunet_sam2.progress import say, track
     from nnunet_sam2.rounds.nnunet import model_folder, predict_cases, read_postprocessing
     from nnunet_sam2.volumes import read_stored
@@ -95,8 +96,11 @@ def run(args: argparse.Namespace) -> int:
     )
     say(f"{len(cases)} cases with {chosen.configuration}, {chosen.described_folds}")
     # nnU-Net's reader takes a file that is cut off for a whole one, and NaN for 0.
-    for path in track([path for files in cases.values() for path in files], what="checking"):
-        read_stored(path)
+    grids = {}
+    for case_id, files in track(cases.items(), what="checking", total=len(cases)):
+        grids[case_id] = [read_stored(path)[1] for path in files][0]
+    if stored := orientation_note(grids, common_direction(grids.values())):
+        say(f"note: {stored}")
     device = args.device if args.device != "auto" else _best_device()
     both = _both_sources(args, folders, chosen.run, device) if args.with_sam2 else None
     student = args.out / "student" if both else args.out
@@ -231,9 +235,10 @@ def find_cases(
     """
     from nnunet_sam2.progress import say
 
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; give the folder of the images with -i")
-    files = image_files(folder)
+    with readable(folder):
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a folder; give the folder of the images with -i")
+        files = image_files(folder)
     passed_over = {stem: path for stem, path in files.items() if file_ending(path) not in endings}
     files = {stem: path for stem, path in files.items() if stem not in passed_over}
     if not files:

@@ -371,7 +371,7 @@ def _advice(
         notes.append(f"{len(stacks)} TIFF stacks are read with ImageJ's voxel size ({stacks[0].case_id}: {size} mm)")
     geometries = {case.case_id: case.geometry for case in checked}
     labelled = [geometries[c] for c in geometries if assignment.role_of[c] is Role.LABELLED]
-    if stored := orientation_note(geometries.values(), common_direction(labelled)):
+    if stored := orientation_note(geometries, common_direction(labelled)):
         notes.append(stored)
     air = sorted(case.case_id for case in checked if case.lowest <= _AIR)
     if len(air) == len(checked) and CT not in map(str.casefold, channels):
@@ -387,7 +387,8 @@ def _advice(
         notes.append(assignment.note)
     seen = {v for c in checked if assignment.role_of[c.case_id] is Role.LABELLED for v in c.label_values}
     for name, value in table.labels.items():
-        values = {s for s, t in table.source_values.items() if t in (value if isinstance(value, list) else [value])}
+        wanted = set(value) if isinstance(value, list) else {value}
+        values = {s for s, t in table.source_values.items() if t in wanted}
         if name not in ("background", "ignore") and not values & seen:
             notes.append(f"class {name} is in no labelled case and cannot be learned; choose others or another --seed")
     learnt = {case_id for case_id, role in assignment.role_of.items() if role is Role.LABELLED}

@@ -12,6 +12,7 @@ from nnunet_sam2.doctor.finding import Finding, fail, ok, warn
 from nnunet_sam2.errors import InputError
 from nnunet_sam2.files.repairs import STRICT
 from nnunet_sam2.folders import DatasetFolders
+from nnunet_sam2.orientation import common_direction, orientation_note
 from nnunet_sam2.progress import track
 from nnunet_sam2.rounds.ledger import LEDGER_FILE, artefact, read_events
 from nnunet_sam2.rounds.nnunet import plans_path, read_plans
@@ -36,6 +37,9 @@ def check_dataset(folders: DatasetFolders) -> Iterator[Finding]:
         yield ok("cohort", f"{cohort.name}: {count}")
     else:
         yield fail("cohort", f"{cohort.name}: {count}", "a run needs labelled and unlabelled cases: convert with both")
+    labelled = [case.geometry for case in cohort.labelled]
+    if stored := orientation_note({case.case_id: case.geometry for case in cohort.cases}, common_direction(labelled)):
+        yield ok("orientations", stored)
     yield check_images(cohort)
     yield check_labels(cohort)
     yield check_plans(folders)

@@ -56,7 +56,7 @@ def shown_geometry(geometry: Geometry, direction: Sequence[float]) -> Geometry:
 
 def told_orientations(cohort: Cohort) -> str | None:
     """Return what there is to say of how a cohort's files are stored, in one line; see `orientation_note`."""
-    return orientation_note((case.geometry for case in cohort.cases), cohort_direction(cohort))
+    return orientation_note({case.case_id: case.geometry for case in cohort.cases}, cohort_direction(cohort))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
