@@ -84,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
     folders = find_dataset(args.dataset)
     chosen = chosen_model(folders, args)
     cohort = Cohort.load(folders.raw)
-    if args.out.resolve() == args.images.resolve():
+    with readable(args.images):
+        same = args.out.resolve() == args.images.resolve()
+    if same:
         raise InputError(f"-o {args.out} is the folder of the images; give another one")
     endings = VOLUME_ENDINGS if cohort.file_ending in VOLUME_ENDINGS else (cohort.file_ending,)
     cases = find_cases(
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     # nnU-Net's reader takes a file that is cut off for a whole one, and NaN for 0.
     grids = {}
     for case_id, files in track(cases.items(), what="checking", total=len(cases)):
-        grids[case_id] = [read_stored(path)[1] for path in files][0]
+        grids[case_id] = [read_stored(path)[1] for path in files].pop()
     if stored := orientation_note(grids, common_direction(grids.values())):
         say(f"note: {stored}")
     device = args.device if args.device != "auto" else _best_device()
@@ -235,10 +237,9 @@ def find_cases(
     """
     from nnunet_sam2.progress import say
 
-    with readable(folder):
-        if not folder.is_dir():
-            raise InputError(f"{folder} is not a folder; give the folder of the images with -i")
-        files = image_files(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; give the folder of the images with -i")
+    files = image_files(folder)
     passed_over = {stem: path for stem, path in files.items() if file_ending(path) not in endings}
     files = {stem: path for stem, path in files.items() if stem not in passed_over}
     if not files:
