@@ -9,6 +9,9 @@ from pathlib import Path
 
 from nnunet_sam2.errors import InputError
 
+MOST_LETTERS = 120
+"""Letters of a dataset's name: file systems take 255 bytes, and names of temporary files are longer than ours."""
+
 VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
@@ -46,6 +49,8 @@ def new_dataset_folders(dataset_id: int, name: str) -> DatasetFolders:
         raise InputError(f"dataset id {dataset_id} is out of range; nnU-Net takes 1 to 999")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or "__" in name:
         raise InputError(f"dataset name {name!r}: use letters, digits, single '_' and '-'")
+    if len(name) > MOST_LETTERS:
+        raise InputError(f"dataset name {name[:20]}... has {len(name)} letters; at most {MOST_LETTERS} are taken")
     raw, preprocessed, results = nnunet_roots()
     full = f"Dataset{dataset_id:03d}_{name}"
     return DatasetFolders(name=full, raw=raw / full, preprocessed=preprocessed / full, results=results / full)

@@ -69,7 +69,7 @@ def memory_limit(files: tuple[Path, ...], total: int) -> int | None:
             text = path.read_text(encoding="ascii").strip()
         except OSError:
             continue
-        if text.isdigit() and int(text) < total:
+        if text.isdecimal() and int(text) < total:
             limits.append(int(text))
     return min(limits, default=None)
 

@@ -14,9 +14,7 @@ _ENDS = (("R", "L"), ("A", "P"), ("I", "S"))
 """Names of the two ends of the patient's axes x, y, z, in which values grow to the left, to the back and upwards."""
 
 _ORDERS = np.array(list(permutations(range(3))))
-_NAMED = 3
-"""Cases that are named of each orientation."""
-
+_MOST_CODES, _MOST_NAMES = 5, 3
 _DECIMALS = 6
 """Direction cosines are compared to so many decimals: headers that differ in rounding alone are the same."""
 
@@ -142,25 +140,25 @@ def common_direction(geometries: Iterable[Geometry]) -> tuple[float, ...]:
 
 
 def orientation_note(geometries: Mapping[str, Geometry], direction: Sequence[float]) -> str | None:
-    """Say how files, by case, are stored where not all are turned alike to come next to ``direction``, else None.
-
-    The cases of the most frequent orientation are counted, those of the others named.
-    """
+    """Say how the files of which cases are stored where not all are turned alike next to ``direction``, else None."""
     if len({turn_to(geometry, direction) for geometry in geometries.values()}) < 2:
         return None
     cases: dict[str, list[str]] = {}
     for case_id, geometry in geometries.items():
         cases.setdefault(axis_code(geometry.direction), []).append(case_id)
-    most, *others = sorted(cases, key=lambda code: (-len(cases[code]), code))
-    named = [f"{code} {len(cases[code])}: {_some(sorted(cases[code]))}" for code in others]
+    codes = sorted(cases, key=lambda code: (-len(cases[code]), code))
+    # The many are what is usual; who wants to look will look at the others.
+    few = [f"{code} {len(cases[code])}: {_some(cases[code])}" for code in codes[1:_MOST_CODES]]
+    more = f"; {len(codes) - _MOST_CODES} orientations more" if len(codes) > _MOST_CODES else ""
     return (
-        f"the images are stored in several orientations ({'; '.join([f'{most} {len(cases[most])}', *named])}); all are "
-        "looked at in one, as their headers say, and every label is written as its image is stored"
+        f"the images are stored in several orientations ({codes[0]} {len(cases[codes[0]])}; {'; '.join(few)}{more}); "
+        "all are looked at in one, as their headers say, and every label is written as its image is stored"
     )
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
+    shown = ", ".join(sorted(names)[:_MOST_NAMES])
+    return shown + (f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else "")
 
 
 def _relative(direction: Sequence[float], reference: Sequence[float]) -> np.ndarray:

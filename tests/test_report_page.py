@@ -95,11 +95,21 @@ def test_patients_count_in_what_lower_bounds_promise_and_what_is_proven_is_said(
     assert "Lower bounds hold in 75% of new patients' cases as a rule; 50% is proven." in found.text
 
 
+@pytest.mark.parametrize(("human", "title"), [(52.0, "Volumes steady"), (67.5, "Volumes unlike the human labels'")])
+def test_volumes_are_not_called_steady_where_they_are_unlike_the_human_labels(human: float, title: str) -> None:
+    rounds = (make_round(1), make_round(2))
+    findings = judge_run(make_account(GOOD, rounds=rounds, human_volumes={1: human})).findings
+    found = next(finding for finding in findings if finding.title.startswith("Volumes"))
+    assert found.title == title
+    assert (found.level is Level.GOOD) == (human < 60)
+    assert f"{52.0 / human - 1:+.0%})" in found.text
+
+
 def test_volumes_that_drift_are_pointed_out_with_the_human_ones() -> None:
     rounds = (make_round(1), RoundAccount(number=2, configuration="r02", volumes={1: 30.0, 2: 10.0}))
     findings = judge_run(make_account(GOOD, rounds=rounds, human_volumes={1: 52.0})).findings
     (found,) = (f for f in findings if f.title == "Volumes drifted")
-    assert "large_organ -41% to 30 mL (human labels 52 mL)" in found.text
+    assert "large_organ -41% to 30 mL (human labels 52 mL, -42%)" in found.text
 
 
 def test_cases_to_look_at_first_are_those_left_out_and_then_the_lowest_estimates() -> None:

@@ -61,15 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     _write_what_the_locale_cannot()
     args = parser.parse_args(arguments)
 
+    again = shlex.join(["nnunet_sam2", *arguments])
+
     def say_last(stopped: Stopped) -> None:
-        again = shlex.join(["nnunet_sam2", *arguments])
         _say_error(args.command, f"stopped by {stopped.name}; what is finished is kept, go on with: {again}")
 
     try:
         with stoppable(say_last):
             return int(args.run(args))
     except NnunetSam2Error as error:
-        _say_error(args.command, str(error))
+        _say_error(args.command, _with_command(str(error), again))
         return error.exit_status
     except Stopped as stopped:
         last_word(say_last, stopped)
@@ -82,8 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 128 + signal.SIGPIPE
         if error.errno not in DISK_REFUSALS:
             raise
-        _say_error(args.command, describe_os_error(error))
+        _say_error(args.command, _with_command(describe_os_error(error), again))
         return 1
+
+
+def _with_command(text: str, again: str) -> str:
+    """Write out, to be copied, the command that a message's way out calls the same one."""
+    return text.replace("the same command", f"the same command ({again})", 1)
 
 
 def _say_error(command: str, text: str) -> None:

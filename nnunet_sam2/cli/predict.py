@@ -13,7 +13,7 @@ from nnunet_sam2.cohort.layouts.file_names import add_suffix_argument, cases_of_
 from nnunet_sam2.cohort.layouts.found import image_files
 from nnunet_sam2.cohort.names import checked_case_id
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.files.checks import VOLUME_ENDINGS, file_ending
+from nnunet_sam2.files.checks import VOLUME_ENDINGS, file_ending, readable
 from nnunet_sam2.folders import DatasetFolders, find_dataset
 from nnunet_sam2.submission import UNFILTERED
 
@@ -84,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
     folders = find_dataset(args.dataset)
     chosen = chosen_model(folders, args)
     cohort = Cohort.load(folders.raw)
-    if args.out.resolve() == args.images.resolve():
+    with readable(args.images):
+        same = args.out.resolve() == args.images.resolve()
+    if same:
         raise InputError(f"-o {args.out} is the folder of the images; give another one")
     endings = VOLUME_ENDINGS if cohort.file_ending in VOLUME_ENDINGS else (cohort.file_ending,)
     cases = find_cases(

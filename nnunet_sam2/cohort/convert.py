@@ -26,7 +26,7 @@ from nnunet_sam2.cohort.roles import choose_cases
 from nnunet_sam2.cohort.unpacked import in_users_words, source_folder
 from nnunet_sam2.cohort.write import choose_ending, write_dataset
 from nnunet_sam2.errors import InputError, StageError
-from nnunet_sam2.files.checks import strip_ending
+from nnunet_sam2.files.checks import readable, strip_ending
 from nnunet_sam2.files.label_tables import Segment, read_label_table, tables_agree
 from nnunet_sam2.files.repairs import STRICT, ReadPolicy
 from nnunet_sam2.folders import DatasetFolders
@@ -105,12 +105,12 @@ def convert(source: Path, folders: DatasetFolders, options: ConvertOptions) -> C
     Raises `InputError` for whatever would make nnU-Net or the rounds fail later, `StageError` where writing fails.
     """
     check_target(folders, overwrite=options.overwrite)
+    with readable(source):
+        resolved = source.resolve()
     with _only_conversion(folders), source_folder(source, folders, options.unpack_to) as folder:
         check_target(folders, overwrite=options.overwrite)  # another one may have ended in between
         archive = None if folder == source else file_hash(source)
-        provenance: dict[str, Any] = {"source": str(source.resolve())} | (
-            {"archive_sha256": archive} if archive else {}
-        )
+        provenance: dict[str, Any] = {"source": str(resolved)} | ({"archive_sha256": archive} if archive else {})
         return _convert_folder(
             folder, folders, options, provenance, tell=lambda text: say(in_users_words(text, source, folders))
         )
@@ -240,7 +240,9 @@ def collect(source: Path, options: ConvertOptions) -> tuple[Found, dict[str, Sou
     if test is None and found.layout != "msd" and (source / TEST).is_dir():
         test = source / TEST
     if test is not None:
-        if test.resolve() == source.resolve():
+        with readable(test):
+            itself = test.resolve() == source.resolve()
+        if itself:
             raise InputError(f"--test {test} is the source itself; name a folder of other cases")
         layout = "folder" if found.layout == "msd" else found.layout
         listed = [case for case in listed if not case.test]
@@ -387,7 +389,8 @@ def _advice(
         notes.append(assignment.note)
     seen = {v for c in checked if assignment.role_of[c.case_id] is Role.LABELLED for v in c.label_values}
     for name, value in table.labels.items():
-        values = {s for s, t in table.source_values.items() if t in (value if isinstance(value, list) else [value])}
+        wanted = set(value) if isinstance(value, list) else {value}
+        values = {s for s, t in table.source_values.items() if t in wanted}
         if name not in ("background", "ignore") and not values & seen:
             notes.append(f"class {name} is in no labelled case and cannot be learned; choose others or another --seed")
     learnt = {case_id for case_id, role in assignment.role_of.items() if role is Role.LABELLED}

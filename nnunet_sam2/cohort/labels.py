@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from nnunet_sam2.errors import InputError
 
 BACKGROUND = "background"
 LabelValue = int | list[int]
+_MOST_DIGITS, _MOST_SHOWN = 9, 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +73,10 @@ def make_label_table(
             if value != 0:
                 raise InputError(f"label background has value {value}; nnU-Net's background is 0")
             continue
-        if not name.strip():
-            raise InputError("a label has an empty name; give it one")
+        _check_name(name)
         values = value if isinstance(value, list) else [value]
         if not values or any(isinstance(v, bool) or not isinstance(v, int) or not 0 < v <= 65535 for v in values):
-            raise InputError(f"label {name} has value {value}; values are whole numbers from 1 to 65535")
+            raise InputError(f"label {name} has value {_shown(value)}; values are whole numbers from 1 to 65535")
         table[name] = sorted(set(values)) if isinstance(value, list) and len(set(values)) > 1 else values[0]
     if len(table) == 1:
         raise InputError("the label table has no class beside the background; declare one with --labels NAME=1")
@@ -83,6 +84,23 @@ def make_label_table(
         raise InputError("the ignore label is a single value, the highest, not a region")
     regions = any(isinstance(value, list) for value in table.values())
     return _with_regions(table, regions_class_order) if regions else _plain(table, regions_class_order)
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that no file, page or terminal shows as it is: empty, control letters, half letters, markup."""
+    if not name.strip():
+        raise InputError("a label has an empty name; give it one")
+    if any(unicodedata.category(letter) in ("Cc", "Cs") or letter in "<>&" for letter in name):
+        raise InputError(
+            f"label {_shown(ascii(name))}: a name is text on one line, without control letters, halves of letters, "
+            "'<', '>' and '&'; rename it"
+        )
+
+
+def _shown(value: object) -> str:
+    """Write a value so that its message stays a line."""
+    text = str(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def parse_labels(text: str) -> tuple[dict[str, LabelValue], list[int] | None]:
@@ -94,8 +112,10 @@ def parse_labels(text: str) -> tuple[dict[str, LabelValue], list[int] | None]:
     if text.startswith("{"):
         try:
             return table_from_json(json.loads(text), "--labels")
-        except json.JSONDecodeError as error:
-            raise InputError(f"--labels is not valid JSON ({error})") from None
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"--labels is not valid JSON ({_shown(error)})") from None
     if text.lower().endswith(".json"):
         declared = read_declared(Path(text).expanduser())
         if declared is None:
@@ -105,8 +125,10 @@ def parse_labels(text: str) -> tuple[dict[str, LabelValue], list[int] | None]:
     for part in text.split(","):
         name, separator, value = (piece.strip() for piece in part.rpartition("="))
         numbers = [number.strip() for number in value.split("+")]
-        if not separator or not name or not all(number.isdecimal() for number in numbers):
-            raise InputError(f"--labels: {part.strip()!r} is not NAME=VALUE; example: --labels liver=1,spleen=2")
+        if not separator or not name or not all(_is_number(number) for number in numbers):
+            raise InputError(
+                f"--labels: {_shown(ascii(part.strip()))} is not NAME=VALUE; example: --labels liver=1,spleen=2"
+            )
         if name in table:
             raise InputError(f"--labels names {name} twice")
         table[name] = int(numbers[0]) if len(numbers) == 1 else [int(number) for number in numbers]
@@ -124,7 +146,7 @@ def table_from_json(value: Any, where: str) -> tuple[dict[str, LabelValue], list
     table: dict[str, LabelValue] = {}
     try:
         for key, entry in value.items():
-            name, number = (entry, key) if isinstance(entry, str) and str(key).isdecimal() else (key, entry)
+            name, number = (entry, key) if isinstance(entry, str) and _is_number(str(key)) else (key, entry)
             if name in table:
                 raise InputError(f"{where} names {name} twice")
             table[name] = [_whole(n) for n in number] if isinstance(number, (list, tuple)) else _whole(number)
@@ -132,10 +154,19 @@ def table_from_json(value: Any, where: str) -> tuple[dict[str, LabelValue], list
     except InputError:
         raise
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{where}: the label table must hold whole numbers, got {key!r}: {entry!r}") from None
+        raise InputError(
+            f"{where}: the label table must hold whole numbers, got {_shown(ascii(key))}: {_shown(ascii(entry))}"
+        ) from None
+
+
+def _is_number(text: str) -> bool:
+    """Say whether a text is a value as it may be typed: a few digits, no other script's and no superscripts."""
+    return text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS
 
 
 def _whole(value: Any) -> int:
+    if isinstance(value, bool):
+        raise ValueError(value)
     number = int(value)
     if isinstance(value, float) and number != value:
         raise ValueError(value)

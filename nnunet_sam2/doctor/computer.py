@@ -85,7 +85,7 @@ def check_threads(environment: Mapping[str, str], cores: int) -> Finding:
     """Hold the variables that set numbers of threads against the cores."""
     for name in THREAD_VARIABLES:
         text = environment.get(name, "").strip()
-        if text and (not text.isdigit() or int(text) < 1):
+        if text and (not text.isdecimal() or int(text) < 1):
             return fail("threads", f"{name}={text} is no number of threads", f"unset {name}")
         if text and int(text) > cores:
             return warn("threads", f"{name}={text}, but {cores} cores may be used", f"export {name}={cores}")
@@ -130,7 +130,7 @@ def check_workers(environment: Mapping[str, str], *, cores: int, memory: int) ->
     """Give advice on the processes that stock nnU-Net commands start; a loop sets its own number."""
     text = environment.get(WORKERS, "").strip()
     good = max(1, min(cores, memory // _WORKER_BYTES))
-    if text and (not text.isdigit() or int(text) < 1):
+    if text and (not text.isdecimal() or int(text) < 1):
         return fail(WORKERS, f"{text} is no number of processes: nnU-Net will not start", f"export {WORKERS}={good}")
     count = int(text) if text else STOCK_WORKERS
     if count > good:

@@ -6,8 +6,11 @@ every reader that stops before the checksum. So files are checked here, byte for
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from nnunet_sam2.errors import InputError
@@ -80,6 +83,23 @@ def check_path(path: Path) -> None:
         str(path).encode()
     except UnicodeEncodeError:
         raise InputError(f"{path} holds letters that are not UTF-8; rename the file or the folder") from None
+
+
+@contextlib.contextmanager
+def readable(source: Path) -> Iterator[None]:
+    """Make a refusal of what the operating system does not let be read of ``source`` during the block."""
+    try:
+        if os.path.lexists(source):
+            source.stat()  # a link to itself
+        yield
+    except FileNotFoundError:
+        raise InputError(f"{source} is a link to nothing, or vanished while it was read; restore it") from None
+    except OSError as error:
+        where = error.filename or source
+        raise InputError(
+            f"{where} cannot be read ({error.strerror or error}); mend the link, give yourself read permission "
+            "(chmod u+r, for folders u+rx), or name another folder"
+        ) from None
 
 
 def check_file(path: Path) -> None:

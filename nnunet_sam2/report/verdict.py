@@ -11,6 +11,9 @@ from nnunet_sam2.rounds.ending.convergence import StopReason
 DRIFT = 0.25
 """Change of a class's mean volume since the first round from which on it is pointed out."""
 
+UNLIKE = 0.1
+"""Difference of a class's mean volume from the human labels' from which on volumes are not called steady."""
+
 LOW_DICE = 0.7
 """Mean estimated Dice of a class below which it is pointed out."""
 
@@ -255,14 +258,18 @@ def _volumes(account: RunAccount) -> Finding | None:
         value: rounds[-1].volumes.get(value, 0.0) / size - 1.0 for value, size in rounds[0].volumes.items() if size > 0
     }
     far = any(abs(change) > DRIFT for change in drift.values())
+    # The humans' cases are others, and few: a difference is no drift, but nothing to call steady either.
+    off = {v: rounds[-1].volumes.get(v, 0.0) / size - 1.0 for v, size in human.items() if size > 0 and v in drift}
+    unlike = [value for value, change in off.items() if abs(change) > UNLIKE]
     shown = "; ".join(
         f"{account.class_names.get(value, value)} {change:+.0%} to {volume(rounds[-1].volumes.get(value), unit)}"
-        + (f" (human labels {volume(human[value], unit)})" if value in human else "")
+        + (f" (human labels {volume(human[value], unit)}" if value in human else "")
+        + (f", {off[value]:+.0%})" if value in off else ")" if value in human else "")
         for value, change in drift.items()
     )
     return Finding(
-        level=Level.LOOK if far else Level.GOOD,
-        title="Volumes drifted" if far else "Volumes steady",
+        level=Level.LOOK if far else Level.NOTE if unlike else Level.GOOD,
+        title="Volumes drifted" if far else "Volumes unlike the human labels'" if unlike else "Volumes steady",
         text=f"Mean volume in round {rounds[-1].name} against round {rounds[0].name}: {shown}.",
     )
 

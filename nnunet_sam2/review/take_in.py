@@ -92,7 +92,7 @@ def class_values_of(cohort: Cohort, classes: Sequence[str]) -> tuple[int, ...]:
     """Return the label values of classes that are given by name or by value."""
     found: set[int] = set()
     for text in classes:
-        value = cohort.labels.get(text, int(text) if text.isdigit() else None)
+        value = cohort.labels.get(text, int(text) if text.isascii() and text.isdecimal() and len(text) < 6 else None)
         values = set(value if isinstance(value, list) else [value]) if value is not None else set()
         if not values or not values <= set(cohort.class_values):
             known = ", ".join(name for name in cohort.labels if name not in ("background", "ignore"))

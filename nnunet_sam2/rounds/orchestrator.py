@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,16 +201,21 @@ def refuse_other_options(folder: Path, events: Sequence[dict[str, Any]], options
     before = state_of_events(folder, events).options
     if not before:
         return
-    known = RunOptions.from_json(before, where=folder / LEDGER_FILE).identity()
+    started = RunOptions.from_json(before, where=folder / LEDGER_FILE)
+    known = started.identity()
+    dataset = next((int(part[7:10]) for part in folder.parts[::-1] if re.match(r"Dataset\d{3}_", part)), 0)
+    beside = replace(options, branch="NAME").command(dataset)
     if known != options.identity():
         raise InputError(
             f"{folder} was started with other options ({describe_difference(known, options.identity())}); "
-            "give the old ones to continue, or --branch NAME for a new run beside it"
+            f"give the old ones to continue: {started.command(dataset)}, or --branch NAME for a new run beside it: "
+            f"{beside}"
         )
     ended = any(event["event"] == "stopped" for event in events)
     if before["round_limit"] != options.round_limit and options.has_final and ended:
         raise InputError(
-            f"{folder} has had its final training, so --rounds can no longer change; give --branch NAME for a new run"
+            f"{folder} has had its final training, so --rounds can no longer change; give --branch NAME for a new run: "
+            f"{beside}"
         )
 
 

@@ -34,7 +34,7 @@ def choose_supports(cohort: Cohort, wanted: str | Sequence[str] | None = None) -
     if wanted is None:
         return tuple(labelled)
     if isinstance(wanted, str):
-        if wanted.isdigit():
+        if wanted.isascii() and wanted.isdecimal():
             if not 1 <= int(wanted) <= len(labelled):
                 raise InputError(f"--supports {wanted}: {cohort.name} has {len(labelled)} labelled cases")
             return tuple(labelled[: int(wanted)])

@@ -7,6 +7,7 @@ from pathlib import Path
 from nnunet_sam2.cohort.layouts import folder, images2d, msd
 from nnunet_sam2.cohort.layouts.found import Found, Hints, SourceCase
 from nnunet_sam2.errors import InputError
+from nnunet_sam2.files.checks import check_path, readable
 
 __all__ = ["LAYOUTS", "Found", "Hints", "SourceCase", "detect", "find"]
 
@@ -38,9 +39,11 @@ def find(
     hints: Hints | None = None,
 ) -> Found:
     """List a source's cases. ``test`` says that the folder holds test cases: labels may be missing throughout."""
-    name = detect(source) if layout == "auto" else layout
-    if name not in LAYOUTS:
-        raise InputError(f"unknown layout {name!r}; known: auto, {', '.join(LAYOUTS)}")
-    if not source.is_dir():
-        raise InputError(f"{source} is not a folder; name the folder that holds images/ and labels/")
-    return LAYOUTS[name](source, channels=channels, test=test, hints=hints or Hints())
+    check_path(source)
+    with readable(source):
+        name = detect(source) if layout == "auto" else layout
+        if name not in LAYOUTS:
+            raise InputError(f"unknown layout {name!r}; known: auto, {', '.join(LAYOUTS)}")
+        if not source.is_dir():
+            raise InputError(f"{source} is not a folder; name the folder that holds images/ and labels/")
+        return LAYOUTS[name](source, channels=channels, test=test, hints=hints or Hints())

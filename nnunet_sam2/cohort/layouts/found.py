@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nnunet_sam2.cohort.labels import LabelValue
 from nnunet_sam2.errors import InputError
-from nnunet_sam2.files.checks import is_image_file, strip_ending
+from nnunet_sam2.files.checks import is_image_file, readable, strip_ending
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,9 @@ def image_files(folder: Path) -> dict[str, Path]:
     """Map each image file's stem to its path; refuse two files with one stem and stems that differ in case alone."""
     found: dict[str, Path] = {}
     folded: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    with readable(folder):
+        listed = sorted(folder.iterdir())
+    for path in listed:
         if not is_image_file(path):
             continue
         # macOS spells an accent as a letter of its own: one name to the eye, two to a computer.

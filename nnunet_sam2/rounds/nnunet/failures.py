@@ -7,7 +7,7 @@ import signal
 from enum import Enum
 from pathlib import Path
 
-from nnunet_sam2.errors import StageError
+from nnunet_sam2.errors import InputError, StageError
 
 
 class Cause(str, Enum):
@@ -52,10 +52,22 @@ class ProcessError(StageError):
         self.cause = cause
 
 
-def process_error(what: str, returncode: int, *, log: Path, said: str, shown_lines: int) -> ProcessError:
-    """Build the error of a failed child: the cause, the way out, its log and the last lines of what it ``said``."""
+def process_error(what: str, returncode: int, *, log: Path, said: str, shown_lines: int) -> ProcessError | InputError:
+    """Build the error of a failed child: the cause, the way out, its log and the last lines of what it ``said``.
+
+    A refusal of ours that ended the child is given as the refusal that it is.
+    """
+    if returncode > 0 and (refused := _refusal(said)):
+        return InputError(refused)
     cause = diagnose(returncode, said)
     return _error(f"{what} failed ({how_it_ended(returncode)})", cause, log, said, shown_lines)
+
+
+def _refusal(said: str) -> str | None:
+    """Return the text of the `InputError` that was the last exception in a log, None where it was another."""
+    raised = re.findall(r"^([A-Za-z_][\w.]*(?:Error|Exception|Interrupt)): (.*)$", said, re.MULTILINE)
+    name, text = raised[-1] if raised else ("", "")
+    return text if name == f"{InputError.__module__}.{InputError.__name__}" else None
 
 
 def hang_error(what: str, minutes: float, *, log: Path, said: str, shown_lines: int) -> ProcessError:
