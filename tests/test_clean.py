@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_temporary_files_and_embeddings_go_and_everything_else_stays(
     two_runs: DatasetFolders, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, raw = _files(two_runs.preprocessed, two_runs.results), _raw(two_runs)
-    assert main(["clean", "-d", "501"]) == 0
+    assert main(["clean", "-d", "501", "--yes"]) == 0
     out = capsys.readouterr().out
     assert "removed temporary files: 4" in out
     assert "removed SAM 2's features" in out
@@ -61,7 +62,7 @@ def test_temporary_files_and_embeddings_go_and_everything_else_stays(
     assert len(gone) == 4
     assert not list(two_runs.preprocessed.rglob(f"{TEMPORARY_MARK}*"))
     assert _raw(two_runs) == raw
-    assert main(["clean", "-d", "501"]) == 0
+    assert main(["clean", "-d", "501", "--yes"]) == 0
     assert "nothing to remove" in capsys.readouterr().out
 
 
@@ -100,6 +101,23 @@ def test_a_run_is_not_deleted_without_consent_and_what_would_go_is_shown(
     assert _files(two_runs.preprocessed, two_runs.results) == before
 
 
+def test_features_that_cost_hours_are_not_deleted_without_consent(
+    two_runs: DatasetFolders, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = _files(two_runs.preprocessed, two_runs.results)
+    assert main(["clean", "-d", "501"]) == 2
+    shown = capsys.readouterr()
+    assert "embeddings" in shown.out
+    assert "give --yes" in shown.err
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    assert main(["clean", "-d", "501"]) == 2
+    assert _files(two_runs.preprocessed, two_runs.results) == before
+    monkeypatch.setattr("builtins.input", lambda question: "yes")
+    assert main(["clean", "-d", "501"]) == 0
+    assert _files(two_runs.preprocessed, two_runs.results) < before
+
+
 def test_a_run_that_is_not_there_is_refused_with_those_that_are(
     two_runs: DatasetFolders, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +130,6 @@ def test_nothing_is_cleaned_under_a_run_that_is_at_work(
 ) -> None:
     before = _files(two_runs.preprocessed, two_runs.results)
     with only_run(two_runs.results / "nnunet_sam2" / "3d_fullres_fold0"):
-        assert main(["clean", "-d", "501"]) == 2
+        assert main(["clean", "-d", "501", "--yes"]) == 2
     assert "in use by process" in capsys.readouterr().err
     assert _files(two_runs.preprocessed, two_runs.results) == before

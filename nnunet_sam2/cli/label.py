@@ -68,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", "-device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-probabilities", action="store_true", help="write probabilities/CASE.npz as well")
+    parser.add_argument(
+        "--save-probabilities", "--save_probabilities", action="store_true", help="write probabilities/CASE.npz as well"
+    )
     parser.add_argument(
         "--cache-dir", type=Path, help="embeddings (default: $nnUNet_results/DATASET/nnunet_sam2/embeddings)"
     )

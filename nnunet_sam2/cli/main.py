@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import io
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from nnunet_sam2 import __version__
 from nnunet_sam2.errors import DISK_REFUSALS, NnunetSam2Error, describe_os_error
@@ -59,7 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     _write_what_the_locale_cannot()
-    args = parser.parse_args(arguments)
+    if called is not None and called not in COMMANDS:
+        parser.error(f"there is no command {called!r}{_nearest(called, COMMANDS)}; known: {', '.join(COMMANDS)}")
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        own = subparsers.choices[args.command]
+        flags = [flag for action in own._actions for flag in action.option_strings]
+        own.error(f"unrecognized arguments: {' '.join(unknown)}{_nearest(unknown[0].split('=')[0], flags)}")
 
     again = shlex.join(["nnunet_sam2", *arguments])
 
@@ -85,6 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _say_error(args.command, _with_command(describe_os_error(error), again))
         return 1
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """Return the known word that a mistyped one was most likely meant for, as the end of a message."""
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def _with_command(text: str, again: str) -> str:

@@ -43,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let SAM 2 label the images too, from the run's supports, and fuse both by the run's own rule; their own "
         "labels are in OUT/student and OUT/sam2, estimates of each label's Dice in OUT/quality.json",
     )
-    parser.add_argument("--save_probabilities", action="store_true", help="also write OUT/probabilities/CASE.npz")
+    parser.add_argument(
+        "--save_probabilities",
+        "--save-probabilities",
+        action="store_true",
+        help="also write OUT/probabilities/CASE.npz",
+    )
     parser.add_argument("--disable_tta", action="store_true", help="do not mirror, even if the model was trained so")
     islands = parser.add_mutually_exclusive_group()
     islands.add_argument(

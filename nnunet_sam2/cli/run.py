@@ -23,35 +23,41 @@ _DEFAULTS = RunOptions()
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; nnU-Net's letters where nnU-Net has one."""
-    parser.add_argument("-d", dest="dataset", required=True, help="dataset id or DatasetXXX_Name")
-    parser.add_argument("-c", dest="configuration", default=_DEFAULTS.configuration, help="nnU-Net configuration")
-    parser.add_argument(
+    daily = parser.add_argument_group("every day")
+    labels = parser.add_argument_group("what SAM 2 labels with")
+    student = parser.add_argument_group("what nnU-Net is and learns with")
+    schedule = parser.add_argument_group("schedule")
+    stopping = parser.add_argument_group("when it stops")
+    machine = parser.add_argument_group("machine")
+    daily.add_argument("-d", dest="dataset", required=True, help="dataset id or DatasetXXX_Name")
+    daily.add_argument("-c", dest="configuration", default=_DEFAULTS.configuration, help="nnU-Net configuration")
+    daily.add_argument(
         "-f",
         dest="folds",
         nargs="+",
         default=[_DEFAULTS.fold],
         help="fold of the labelled cases, or 'all'; several, or cv for every one: run after run, and their ensemble",
     )
-    parser.add_argument(
+    student.add_argument(
         "-p",
         dest="plans",
         default=_DEFAULTS.plans,
         help="nnU-Net's plans: nnUNetResEncUNetMPlans (L, XL) are planned where they are not there yet, others must be "
         "(default: %(default)s)",
     )
-    parser.add_argument(
+    student.add_argument(
         "--pretrained",
         metavar="CHECKPOINT",
         help="weights that trainings from scratch start from, as by nnUNetv2_train -pretrained_weights: heads left out",
     )
-    parser.add_argument(
+    labels.add_argument(
         "--sam2",
         default=EMBEDDED,
         metavar="NAME_OR_FILE",
         help="SAM 2: a name (nnunet_sam2 weights list) or a checkpoint file; default: the %(default)s one",
     )
-    parser.add_argument("--strategy", default=_DEFAULTS.strategy, help="labelling strategy (default: %(default)s)")
-    parser.add_argument(
+    labels.add_argument("--strategy", default=_DEFAULTS.strategy, help="labelling strategy (default: %(default)s)")
+    labels.add_argument(
         "--set",
         dest="settings",
         action="append",
@@ -59,132 +65,132 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="option of the strategy, repeatable",
     )
-    parser.add_argument("--image-size", type=int, help="SAM 2 input size in pixels (default: the checkpoint's)")
-    parser.add_argument(
+    labels.add_argument("--image-size", type=int, help="SAM 2 input size in pixels (default: the checkpoint's)")
+    labels.add_argument(
         "--supports",
         default=_DEFAULTS.supports,
         choices=["train", "all"],
         help="cases that prompt SAM 2: the fold's training cases (validation stays untouched) or all",
     )
-    parser.add_argument(
+    stopping.add_argument(
         "--rounds",
         dest="round_limit",
         type=int,
         default=_DEFAULTS.round_limit,
         help="most rounds after the baseline (default: %(default)s)",
     )
-    parser.add_argument(
+    stopping.add_argument(
         "--mean-change",
         type=float,
         default=_DEFAULTS.mean_change,
         help="stop when labels change by no more on the mean (1 - Dice, default: %(default)s) ...",
     )
-    parser.add_argument(
+    stopping.add_argument(
         "--worst-tenth-change",
         type=float,
         default=_DEFAULTS.worst_tenth_change,
         help="... and by no more in the worst tenth (default: %(default)s)",
     )
-    parser.add_argument(
+    stopping.add_argument(
         "--validation-drop",
         type=float,
         default=_DEFAULTS.validation_drop,
         help="stop when validation Dice falls this far below the best (default: %(default)s)",
     )
-    parser.add_argument(
+    stopping.add_argument(
         "--volume-drift",
         type=float,
         default=_DEFAULTS.volume_drift,
         help="stop when a class's mean volume moves away from the human labels' by this factor since the first round "
         "(default: %(default)s)",
     )
-    parser.add_argument(
+    stopping.add_argument(
         "--empty-rise",
         type=float,
         default=_DEFAULTS.empty_rise,
         help="stop when a class is missing in this share of cases more than in the first round and in the human labels "
         "(default: %(default)s)",
     )
-    parser.add_argument(
+    stopping.add_argument(
         "--oscillation",
         type=float,
         default=_DEFAULTS.oscillation,
         help="stop when labels differ from those of two rounds before by less than this part of their last change "
         "(default: %(default)s; 0: never)",
     )
-    parser.add_argument(
+    labels.add_argument(
         "--least-quality",
         type=float,
         default=_DEFAULTS.least_quality,
         help="estimated Dice below which a class of a case is not learnt from in a round (default: %(default)s)",
     )
-    parser.add_argument("--skip-baseline", action="store_true", help="leave out round 0, nnU-Net on the labels alone")
-    parser.add_argument(
+    schedule.add_argument("--skip-baseline", action="store_true", help="leave out round 0, nnU-Net on the labels alone")
+    schedule.add_argument(
         "--profile",
         default="auto",
         choices=["auto", *PROFILES],
         help="network and schedule; auto: gpu where CUDA is, else cpu",
     )
-    parser.add_argument("--epochs", dest="num_epochs", type=int, help="epochs a round (default: the profile's)")
-    parser.add_argument("--iterations", dest="num_iterations_per_epoch", type=int, help="iterations an epoch")
-    parser.add_argument(
+    schedule.add_argument("--epochs", dest="num_epochs", type=int, help="epochs a round (default: the profile's)")
+    schedule.add_argument("--iterations", dest="num_iterations_per_epoch", type=int, help="iterations an epoch")
+    schedule.add_argument(
         "--final-epochs", type=int, help="epochs of the training after the last round; 0: none (default: the profile's)"
     )
-    parser.add_argument(
+    schedule.add_argument(
         "--final-start",
         choices=FINAL_STARTS,
         help="what that training starts with: nothing, or the best round's weights (default: warm on the cpu profile)",
     )
-    parser.add_argument(
+    student.add_argument(
         "--pseudo-per-batch",
         type=float,
         default=_DEFAULTS.pseudo_per_batch,
         help="share of pseudo-labelled samples in a batch (default: %(default)s)",
     )
-    parser.add_argument(
+    student.add_argument(
         "--ema-decay",
         type=float,
         metavar="DECAY",
         help="average the student's weights with this decay a step, such as 0.99; the average predicts and labels "
         "(default: the last step's weights)",
     )
-    parser.add_argument(
+    student.add_argument(
         "--copy-paste",
         type=float,
         default=_DEFAULTS.copy_paste,
         metavar="SHARE",
         help="share of the batches in which labelled and pseudo-labelled samples exchange a box (default: %(default)g)",
     )
-    parser.add_argument(
+    student.add_argument(
         "--soft-targets",
         action="store_true",
         help="learn pseudo-labels as probabilities, weighted by confidence, instead of as hard labels",
     )
-    parser.add_argument(
+    student.add_argument(
         "--warm-lr",
         type=float,
         metavar="RATE",
         help="first learning rate of trainings that start from the last round's weights (default: the profile's)",
     )
-    parser.add_argument("--branch", help="name of a new run beside an earlier one with other options")
-    parser.add_argument("--seed", type=int, default=_DEFAULTS.seed)
-    parser.add_argument("--device", "-device", default=_DEFAULTS.device, choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
-    parser.add_argument(
+    daily.add_argument("--branch", help="name of a new run beside an earlier one with other options")
+    schedule.add_argument("--seed", type=int, default=_DEFAULTS.seed)
+    machine.add_argument("--device", "-device", default=_DEFAULTS.device, choices=["auto", "cpu", "cuda", "mps"])
+    machine.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    machine.add_argument(
         "--hang-minutes",
         type=float,
         default=_DEFAULTS.hang_minutes,
         help="end a process of nnU-Net that neither writes nor computes for so long (default: %(default)g)",
     )
 
-    parser.add_argument(
+    daily.add_argument(
         "--dry-run",
         action="store_true",
         help="begin nothing: print the stages with the time, memory and disk that each will take (exit status 2 where "
         "the run cannot fit)",
     )
-    parser.add_argument("--json", action="store_true", help="with --dry-run: print JSON")
-    parser.add_argument("--again", action="store_true", help="with --dry-run: measure this machine anew")
+    daily.add_argument("--json", action="store_true", help="with --dry-run: print JSON")
+    daily.add_argument("--again", action="store_true", help="with --dry-run: measure this machine anew")
 
 
 def run(args: argparse.Namespace) -> int:
