@@ -260,10 +260,20 @@ class Cohort:
 
     @classmethod
     def load(cls, root: Path) -> Cohort:
-        """Read ``cohort.json`` from a dataset's raw folder."""
+        """Read ``cohort.json`` from a dataset's raw folder; unchanged since the last time, it is the same object."""
         path = root / COHORT_FILE
         if not path.is_file():
             raise InputError(f"{path} is missing; make the dataset with: nnunet_sam2 convert SOURCE -d ID -n NAME")
+        stamp = _stamp(path)
+        known = _loaded.get(path)
+        if known is None or known[0] != stamp:
+            # One at a time is enough: a process works on one dataset, and a large cohort is a large object.
+            _loaded.clear()
+            _loaded[path] = known = stamp, cls._read(path, root)
+        return known[1]
+
+    @classmethod
+    def _read(cls, path: Path, root: Path) -> Cohort:
         value = read_json(path)
         if not isinstance(value, dict) or value.get("format") != FORMAT_VERSION:
             found = value.get("format") if isinstance(value, dict) else None
@@ -286,6 +296,15 @@ class Cohort:
             raise InputError(f"{path} is damaged ({error}); {_WAY_OUT}") from None
         _refuse_leaks(path, cohort.cases)
         return cohort
+
+
+_loaded: dict[Path, tuple[tuple[int, ...], Cohort]] = {}
+"""The cohort that was read last, by its file, with the file's stamp: whoever writes it puts a new file in its place."""
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def _checked_labels(value: Any) -> dict[str, int | list[int]]:

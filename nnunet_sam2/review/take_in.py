@@ -83,6 +83,8 @@ def take_in(
         for one in checked:
             cohort, kept = _enter(cohort, one, values)
             taken.append((one.case.case_id, kept))
+        # Once for all of them: a large cohort is not written file by file, and a kill before leaves files unused.
+        cohort.save()
         return taken
     finally:
         lock.release()
@@ -199,7 +201,7 @@ def _exported(cohort: Cohort, path: Path) -> dict[str, Any]:
 
 
 def _enter(cohort: Cohort, checked: _Checked, values: tuple[int, ...] | None) -> tuple[Cohort, Path]:
-    """Write the label under a name of its own, then the cohort that knows it: a kill between leaves a file unused."""
+    """Write the label under a name of its own, and return the cohort that knows it."""
     case, ending = checked.case, cohort.file_ending
     folder = cohort.root / ADDED_LABELS
     folder.mkdir(exist_ok=True)
@@ -234,5 +236,4 @@ def _enter(cohort: Cohort, checked: _Checked, values: tuple[int, ...] | None) ->
         cases=tuple(entered if c.case_id == case.case_id else c for c in cohort.cases),
         provenance={**cohort.provenance, HISTORY_KEY: history},
     )
-    known.save()
     return known, target
